@@ -1,0 +1,1 @@
+"""Generated from `proto/llmos/v1`: `make proto`."""

@@ -1,0 +1,118 @@
+"""A worker, as the kernel knows it, and a model with its workers. Records, no decisions."""
+
+from __future__ import annotations
+
+from llmosd.kernel.lifecycle import State
+from llmosd.kernel.requests import Request
+from llmosd.kernel.restart import ExitStatus
+from llmosd.kernel.runqueue import RunQueue
+from llmosd.kernel.spec import Limits, ModelSpec
+
+
+class Worker:
+    """One supervised process tree. Times are the kernel's monotonic seconds."""
+
+    __slots__ = (
+        "dispatched_at",
+        "engine_pid",
+        "exit_status",
+        "failure_reason",
+        "failures",
+        "heard_at",
+        "held",
+        "idle_since",
+        "incarnation",
+        "killed",
+        "limits",
+        "model",
+        "name",
+        "peer",
+        "permanent",
+        "pid",
+        "probed",
+        "progress",
+        "ready_at",
+        "requests",
+        "restart_at",
+        "restarts",
+        "rested",
+        "running",
+        "slots",
+        "spec",
+        "start_after",
+        "started_at",
+        "starts",
+        "state",
+        "state_since",
+        "stop_wanted",
+        "timed_out",
+        "token",
+        "why",
+    )  # fmt: skip
+
+    def __init__(self, name: str, model: str, spec: ModelSpec) -> None:
+        self.name = name
+        self.model = model
+        #: What it was started with; its model's may have changed since.
+        self.spec = spec
+        self.limits: Limits = spec.limits
+        self.state = State.STOPPED
+        #: Why it is in this state, as a sentence for people.
+        self.why = ""
+        self.state_since = 0.0
+        #: Counts its lives: what is said of an earlier one is old news.
+        self.incarnation = 0
+        self.pid = 0
+        self.engine_pid = 0
+        self.peer = b""
+        self.token = b""
+        #: Share of the load done, 0 to 1; -1: unknown.
+        self.progress = -1.0
+        #: Requests that run here or whose answers are still kept here, and how many of them occupy a slot.
+        self.requests: dict[bytes, Request] = {}
+        self.running = 0
+        self.slots = spec.limits.slots
+        #: Stopped by an operator: only an operator starts it again.
+        self.held = False
+        #: Ended by itself and not to be restarted: only demand or an operator starts it again.
+        self.rested = False
+        #: Somebody wants this life to end.
+        self.stop_wanted = False
+        #: Once this life has ended, begin another at once: a restart, or a changed model file.
+        self.start_after = False
+        #: llmosd ended this life because something took too long or a limit was passed.
+        self.timed_out = False
+        #: SIGKILL was sent to this life's group.
+        self.killed = False
+        self.probed = False
+        #: The cause of this life's end, when it is known better than by its exit status.
+        self.failure_reason = ""
+        self.permanent = False
+        self.exit_status: ExitStatus | None = None
+        #: Failures in a row, restarts in all, and when the recent starts were.
+        self.failures = 0
+        self.restarts = 0
+        self.starts: list[float] = []
+        self.started_at = 0.0
+        self.ready_at = 0.0
+        self.restart_at = 0.0
+        self.heard_at = 0.0
+        self.dispatched_at = 0.0
+        self.idle_since = 0.0
+
+
+class Model:
+    """A model with its workers and the requests that wait for it."""
+
+    __slots__ = ("held", "queue", "removed", "spec", "why", "workers")
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.workers: dict[str, Worker] = {}
+        self.queue = RunQueue()
+        #: Stopped by an operator.
+        self.held = False
+        #: Its file is gone: it is forgotten once its workers are down.
+        self.removed = False
+        #: Why no worker could be started just now.
+        self.why = ""

@@ -38,6 +38,8 @@ class Fleet:
         self.by_peer: dict[bytes, Worker] = {}
         self.ledger = Ledger(Capacity(0, 0), params.placement)
         self.shutting_down = False
+        #: Until then nothing is started: workers of an earlier daemon are adopted first.
+        self.devices_counted = False
         #: Set by the kernel: what happens to the requests of a worker that is gone, and of a model that has a slot.
         self.on_lost: Callable[[Worker, float], None] = lambda worker, now: None
         self.on_change: Callable[[Model, float], None] = lambda model, now: None
@@ -175,6 +177,8 @@ class Fleet:
         The number is what the outstanding requests fill, within [scale.min, scale.max].
         """
         name = model.spec.model
+        if not self.devices_counted:
+            return ""  # the daemon starts: who lives is not known yet
         if self.shutting_down or model.removed:
             return "llmosd is shutting down" if self.shutting_down else f"model {name} was removed"
         if model.held:
@@ -355,6 +359,7 @@ class Fleet:
 
     def counted(self, event: on.Counted, now: float) -> None:
         self.ledger.capacity = event.capacity
+        self.devices_counted = True
         for model in list(self.models.values()):
             self.on_change(model, now)
 

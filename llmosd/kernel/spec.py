@@ -116,34 +116,35 @@ class Resources(Declared, frozen=True, kw_only=True):
     gpu_memory: Annotated[Bytes, doc("GPU memory in all; the granted GPUs are in CUDA_VISIBLE_DEVICES")] = Bytes(0)
 
 
+Weight = Annotated[int, Meta(ge=1, le=10_000)]
+Nice = Annotated[int, Meta(ge=-20, le=19)]
+OomScore = Annotated[int, Meta(ge=-1000, le=1000)]
+Tasks = Annotated[int, Meta(ge=1, le=4_194_304)]
+Files = Annotated[int, Meta(ge=16, le=1 << 30)]
+
+
 class Limits(Declared, frozen=True, kw_only=True):
     """What is enforced on a worker. Names and meaning are systemd's, in snake case; the last block is llmosd's own."""
 
     allowed_cpus: Annotated[CpuSet | None, doc("CPUs it may run on")] = None
-    cpu_weight: Annotated[int | None, Meta(ge=1, le=10_000), doc("share of CPU time against others; 100 is normal")] = (
-        None
-    )
+    cpu_weight: Annotated[Weight | None, doc("share of CPU time against others; 100 is normal")] = None
     cpu_quota: Annotated[Percent | None, doc("most CPU time, in percent of one CPU")] = None
     memory_high: Annotated[Bytes | None, doc("above it, memory is reclaimed and the worker slowed")] = None
     memory_max: Annotated[Bytes | None, doc("above it, the worker is killed")] = None
     swap_max: Annotated[Bytes | None, doc("most swap")] = None
-    tasks_max: Annotated[int | None, Meta(ge=1), doc("most processes and threads")] = None
-    io_weight: Annotated[int | None, Meta(ge=1, le=10_000), doc("share of disk time against others; 100 is normal")] = (
-        None
-    )
-    nice: Annotated[int | None, Meta(ge=-20, le=19), doc("nice value")] = None
+    tasks_max: Annotated[Tasks | None, doc("most processes and threads")] = None
+    io_weight: Annotated[Weight | None, doc("share of disk time against others; 100 is normal")] = None
+    nice: Annotated[Nice | None, doc("nice value")] = None
     oom_score_adj: Annotated[
-        int | None,
-        Meta(ge=-1000, le=1000),
-        doc("who the OOM killer takes first; an engine's is 500 above its host's"),
+        OomScore | None, doc("who the OOM killer takes first; an engine's is 500 above its host's")
     ] = None
-    open_files: Annotated[int | None, Meta(ge=16), doc("most open files")] = None
+    open_files: Annotated[Files | None, doc("most open files")] = None
 
     gpu_memory_max: Annotated[Bytes | None, doc("most GPU memory")] = None
     slots: Annotated[int, Meta(ge=1, le=4096, description="requests a worker runs at once")] = 4
     queue_max: Annotated[Count, doc("requests that may wait for the model")] = 1024
     max_tokens: Annotated[Count, doc("most tokens a request may generate; 0: no bound")] = 0
-    request_timeout: Annotated[Seconds, doc("time a request may take, waiting included")] = Seconds(600)
+    request_timeout: Annotated[Seconds, doc("time a request may take, waiting included; 0: no bound")] = Seconds(600)
 
 
 class Scale(Declared, frozen=True, kw_only=True):

@@ -298,7 +298,7 @@ class Message(NamedTuple):
 
 
 Table = dict[bytes, tuple[Kind, "msgspec.msgpack.Decoder[Header]"]]
-_encode = msgspec.msgpack.Encoder().encode
+encode_header = msgspec.msgpack.Encoder().encode
 
 
 def _table(kinds: dict[Kind, type[Header]]) -> Table:
@@ -311,12 +311,12 @@ DAEMON_TO_CLIENT: Final = _table(TO_CLIENT)
 WORKER_TO_DAEMON: Final = _table(FROM_WORKER)
 DAEMON_TO_WORKER: Final = _table(TO_WORKER)
 
-_FIRST_FRAME: Final = {kind: bytes((VERSION, kind)) for kind in Kind}
+FIRST_FRAME: Final = {kind: bytes((VERSION, kind)) for kind in Kind}
 
 
 def encode(kind: Kind, rid: bytes, header: Header, *payload: bytes) -> list[bytes]:
     """The frames of one message."""
-    return [_FIRST_FRAME[kind], rid, _encode(header), *payload]
+    return [FIRST_FRAME[kind], rid, encode_header(header), *payload]
 
 
 def decode(table: Table, frames: list[bytes]) -> Message:

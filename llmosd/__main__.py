@@ -1,0 +1,3 @@
+from llmosd.main import main
+
+main()

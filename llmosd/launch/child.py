@@ -1,0 +1,154 @@
+"""What every process that llmosd starts runs first: wait at the gate, set up, exec.
+
+Run as ``python -I -S child.py FD`` with FD one end of a socketpair. Reads one line of JSON, the order; EOF before it
+means that the parent is gone, and nothing runs. Applies the order step by step, closes what was not granted, and
+execs. A step that fails is told through the socket as ``{"step", "errno", "error"}``; the exec closes it, which is
+the success. Standard library only, and as few modules as can be: this start-up is paid by every worker.
+"""
+
+import os
+import resource
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ctypes
+    from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+#: include/uapi/linux/ioprio.h
+IOPRIO_WHO_PROCESS = 1
+IOPRIO_CLASS_SHIFT = 13
+SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
+NOT_STARTED = 125
+AUTOGROUP_TRIES = 5
+
+
+def main() -> None:
+    gate = int(sys.argv[1])
+    os.set_inheritable(gate, False)
+    os.setsid()
+    line = read_line(gate)
+    if not line.endswith(b"\n"):
+        os._exit(NOT_STARTED)
+    import json
+
+    order = json.loads(line)
+    step = "start"
+    try:
+        for step, apply in STEPS:
+            if order.get(step) is not None:
+                apply(order[step])
+        match_autogroup()
+        step = "close_fds"
+        close_others({0, 1, 2, gate, *order["keep_fds"]})
+        step = "exec"
+        os.execvpe(order["argv"][0], order["argv"], order["env"])
+    except (OSError, ValueError, OverflowError, LookupError) as error:
+        told = {"step": step, "errno": getattr(error, "errno", None) or 0, "error": str(error)}
+        os.write(gate, json.dumps(told).encode())
+        os._exit(NOT_STARTED)
+
+
+def read_line(fd: int) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(fd, 1 << 16)
+        if not piece:
+            break
+        line += piece
+    return line
+
+
+def set_rlimits(limits: "dict[str, list[int]]") -> None:
+    for name, (soft, hard) in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
+
+
+def match_autogroup() -> None:
+    """Nice counts only within a session where the kernel groups tasks by session: give the new group the same.
+
+    sched(7), "The autogroup feature". An ordinary user's write is refused now and then with EAGAIN: a kernel-wide rate.
+    """
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    for _ in range(AUTOGROUP_TRIES if nice else 0):
+        try:
+            with open("/proc/self/autogroup", "w") as file:
+                file.write(str(nice))
+            return
+        except BlockingIOError:
+            import time
+
+            time.sleep(0.1)
+        except OSError:
+            return  # there are no autogroups, and nice counts as it is
+
+
+def set_oom_score_adj(value: int) -> None:
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(value))
+
+
+def set_ionice(value: "list[int]") -> None:
+    io_class, level = value
+    call = SYS_IOPRIO_SET.get(os.uname().machine)
+    if call is None:
+        raise OSError(0, f"ioprio_set is not known on {os.uname().machine}")
+    check(libc().syscall(call, IOPRIO_WHO_PROCESS, 0, io_class << IOPRIO_CLASS_SHIFT | level))
+
+
+def set_user(user: "dict[str, Any]") -> None:
+    """Groups first, the user last: after that there is no way back, and a failure ends the launch."""
+    os.setgroups(user["groups"])
+    os.setresgid(user["gid"], user["gid"], user["gid"])
+    os.setresuid(user["uid"], user["uid"], user["uid"])
+
+
+def prctl(option: int, value: int) -> None:
+    check(libc().prctl(option, value, 0, 0, 0))
+
+
+def libc() -> "ctypes.CDLL":
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int) -> None:
+    if result < 0:
+        import ctypes
+
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def close_others(keep: "set[int]") -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the descriptor of the listing itself
+    for fd in keep - {0, 1, 2}:
+        if fd != int(sys.argv[1]):
+            os.set_inheritable(fd, True)
+
+
+#: In this order; each takes the value of the order's field of that name.
+STEPS = (
+    ("cwd", os.chdir),
+    ("umask", os.umask),
+    ("rlimits", set_rlimits),
+    ("oom_score_adj", set_oom_score_adj),
+    ("cpu_affinity", lambda cpus: os.sched_setaffinity(0, cpus)),
+    ("nice", lambda value: os.setpriority(os.PRIO_PROCESS, 0, value)),
+    ("ionice", set_ionice),
+    ("subreaper", lambda value: prctl(PR_SET_CHILD_SUBREAPER, int(value))),
+    ("user", set_user),
+    # After the change of user, which clears it.
+    ("parent_death_signal", lambda value: prctl(PR_SET_PDEATHSIG, value)),
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How a process ended, told exactly where anybody can tell. Never waits for "any child": only for those named."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import select
+import struct
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+#: include/uapi/linux/pidfd.h: PIDFD_GET_INFO is _IOWR(0xFF, 11, struct pidfd_info) with the first version's 64 bytes.
+_PIDFD_INFO: Final = struct.Struct("=QQ" + "I" * 11 + "i")
+_PIDFD_GET_INFO: Final = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
+_PIDFD_INFO_EXIT: Final = 1 << 3
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+def reap(pidfd: int) -> tuple[int | None, int | None] | None:
+    """(exit code, signal) of a child that has ended, one of them None; None if it is not ours, or still lives."""
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if info is None:
+        return None
+    return (info.si_status, None) if info.si_code == os.CLD_EXITED else (None, info.si_status)
+
+
+def ended(pidfd: int, patience_s: float) -> tuple[int | None, int | None]:
+    """(exit code, signal) of a process that is not our child and has ended; (None, None) where nobody can tell.
+
+    Linux 6.15 keeps the status in the pidfd once the process was reaped, which POLLHUP announces; before that the
+    field reads as a false 0, so only the mask bit counts. Blocks for at most `patience_s` seconds for the reaping.
+    """
+    poll = select.poll()
+    poll.register(pidfd, 0)
+    poll.poll(patience_s * 1000)
+    buffer = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, buffer)
+    except OSError:
+        return None, None
+    fields = _PIDFD_INFO.unpack(buffer)
+    if not fields[0] & _PIDFD_INFO_EXIT:
+        return None, None
+    status = fields[-1]
+    return (None, os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (os.WEXITSTATUS(status), None)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies (PR_SET_CHILD_SUBREAPER, prctl(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot become a subreaper: {os.strerror(number)}")
+
+
+def reap_orphans(known: Collection[int]) -> int:
+    """Reap the children that came to us as orphans and have ended. Returns how many.
+
+    `known`: children that somebody else waits for. Each other child is waited for by its own number.
+    """
+    count = 0
+    for path in Path("/proc/self/task").glob("*/children"):
+        try:
+            children = path.read_text().split()
+        except OSError:
+            continue  # that thread just ended
+        for pid in map(int, children):
+            if pid in known:
+                continue
+            try:
+                count += os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
+            except ChildProcessError:
+                pass  # another thread's listing had it too
+    return count

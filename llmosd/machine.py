@@ -1,0 +1,241 @@
+"""The daemon as the control plane sees it: joins the kernel's reads with the node's figures and the model files."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llmosd.control.eventlog import EventLog
+from llmosd.control.machine import About, CheckRow, DeviceRow, Refused, Used
+from llmosd.declared import DeclarationError
+from llmosd.kernel import effects as do
+from llmosd.kernel import events as on
+from llmosd.kernel.kernel import Kernel
+from llmosd.kernel.spec import Limits, ModelSpec
+from llmosd.kernel.units import CpuSet, decode_quantity, encode_quantity
+from llmosd.modelfile import ModelDirectory, parse
+from llmosd.node import doctor
+from llmosd.node.confine import Unenforceable
+from llmosd.node.devices import Inventory, take_inventory
+from llmosd.node.node import Measured, Node
+from llmosd.programs import GATEWAY
+
+
+class LocalMachine:
+    """One daemon's machine; implements `control.machine.Machine`."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        node: Node,
+        feed: Callable[[on.Event], None],
+        events: EventLog,
+        about: About,
+        models: ModelDirectory,
+        overrides: Path,
+    ) -> None:
+        """`overrides`: the directory of limits that operators set on models."""
+        self.kernel = kernel
+        self.events = events
+        self.about = about
+        self.node = node
+        self.inventory: Inventory | None = None
+        #: Further counts, by the parts that keep them.
+        self.counts: list[Callable[[], dict[str, int]]] = [kernel.counters]
+        self._feed = feed
+        self._models = models
+        self._overrides = overrides
+        self._files: dict[str, Path] = {}
+        self._calls: dict[int, asyncio.Future[do.Replied]] = {}
+        self._call = 0
+        self._started = time.monotonic()
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def uptime(self) -> float:
+        return time.monotonic() - self._started
+
+    def stopping(self) -> bool:
+        return self.kernel.fleet.shutting_down
+
+    def counters(self) -> dict[str, int]:
+        return {name: count for counts in self.counts for name, count in counts().items()}
+
+    # -- commands -------------------------------------------------------------------------------------------
+
+    async def command(self, make: Callable[[int], on.Event]) -> do.Replied:
+        self._call += 1
+        call = self._call
+        future: asyncio.Future[do.Replied] = asyncio.get_running_loop().create_future()
+        self._calls[call] = future
+        self._feed(make(call))
+        replied = await future
+        if replied.refusal:
+            raise Refused(replied.refusal, replied.message)
+        return replied
+
+    def replied(self, effect: do.Replied) -> None:
+        """The kernel's answer to a command."""
+        if (future := self._calls.pop(effect.call, None)) is not None and not future.done():
+            future.set_result(effect)
+
+    # -- models ---------------------------------------------------------------------------------------------
+
+    async def apply(self, text: str, file_name: str) -> do.Replied:
+        try:
+            spec = parse(text, file_name)
+            self.check_limits(spec.limits)
+        except DeclarationError as error:
+            raise Refused("invalid", str(error)) from None
+        replied = await self.command(lambda call: on.Apply(call, spec))
+        self._override_path(spec.model).unlink(missing_ok=True)
+        try:
+            self._files[spec.model] = await asyncio.to_thread(self._models.keep, spec, text)
+        except OSError as error:
+            message = f"model {spec.model} is in force, but its file cannot be kept in {self._models.path}: {error}"
+            raise Refused("refused", message) from None
+        return msgspec.structs.replace(replied, message=f"model {spec.model} applied")
+
+    async def remove(self, model: str) -> do.Replied:
+        name = self.kernel.fleet.names.get(model, model)
+        if name == GATEWAY:
+            raise Refused("refused", "the gateway is switched off in llmosd.toml: [gateway] enabled = false")
+        replied = await self.command(lambda call: on.Remove(call, name))
+        self._files.pop(name, None)
+        self._override_path(name).unlink(missing_ok=True)
+        try:
+            await asyncio.to_thread(self._models.remove, name)
+        except OSError as error:
+            raise Refused("refused", f"model {name} was removed, but its file cannot be: {error}") from None
+        return msgspec.structs.replace(replied, message=f"model {name} removed")
+
+    async def reload(self) -> tuple[list[str], list[str], list[str]]:
+        models, refused = await asyncio.to_thread(self._models.read_all)
+        applied, removed = [], []
+        for name, (spec, path) in models.items():
+            try:
+                self.check_limits(spec.limits)
+                await self.command(lambda call, spec=spec: on.Apply(call, self._overridden(spec)))  # type: ignore[misc]
+                self._files[name] = path
+                applied.append(name)
+            except Refused as error:
+                refused.append(f"{path}: {error}")
+        # A file that is wrong now does not take its model away: the running set stays.
+        broken = {line.partition(":")[0] for line in refused}
+        for name in [view.spec.model for view in self.kernel.models()]:
+            if name not in models and name != GATEWAY and str(self._files.get(name, "")) not in broken:
+                await self.command(lambda call, name=name: on.Remove(call, name))  # type: ignore[misc]
+                self._files.pop(name, None)
+                removed.append(name)
+        return applied, removed, refused
+
+    def file_of(self, model: str) -> Path | None:
+        return self._files.get(model)
+
+    # -- limits ---------------------------------------------------------------------------------------------
+
+    def check_limits(self, limits: Limits) -> None:
+        try:
+            self.node.confinement.check(limits)
+        except Unenforceable as error:
+            raise Refused("refused", f"limits: {error}") from None
+
+    def enforcement(self, limit: str) -> str:
+        return self.node.confinement.enforcement(limit)
+
+    def keep_limits(self, model: str) -> None:
+        limits = next(view.spec.limits for view in self.kernel.models() if view.spec.model == model)
+        self._overrides.mkdir(exist_ok=True)
+        self._override_path(model).write_bytes(msgspec.json.encode(limits, enc_hook=encode_quantity))
+
+    def _override_path(self, model: str) -> Path:
+        return self._overrides / f"{model}.json"
+
+    def _overridden(self, spec: ModelSpec) -> ModelSpec:
+        """The spec with the limits that an operator set after its file was written."""
+        try:
+            data = self._override_path(spec.model).read_bytes()
+            limits = msgspec.json.decode(data, type=Limits, dec_hook=decode_quantity)
+            self.check_limits(limits)
+        except (OSError, msgspec.DecodeError, Refused):
+            return spec
+        return msgspec.structs.replace(spec, limits=limits)
+
+    # -- figures --------------------------------------------------------------------------------------------
+
+    def used(self, worker: str) -> Used:
+        measured = self.node.measured.get(worker, Measured())
+        usage = measured.usage
+        return Used(measured.cpu_percent, usage.memory_bytes, usage.resident_bytes, usage.processes, usage.threads)
+
+    def log_file(self, worker: str) -> Path:
+        return self.node.log_file(worker)
+
+    async def devices(self) -> tuple[list[DeviceRow], list[str]]:
+        inventory = self.inventory = await asyncio.to_thread(take_inventory)
+        ledger = self.kernel.ledger()
+        workers = [view for view in self.kernel.workers() if view.pid]
+        used = [self.used(view.name) for view in workers]
+        rows = [
+            DeviceRow(
+                kind="cpu",
+                id="cpus",
+                name=f"CPUs {CpuSet(cpu.number for cpu in inventory.cpus)}",
+                total=ledger.capacity.millicpus / 1000,
+                reserved=(ledger.capacity.millicpus - ledger.free.millicpus) / 1000,
+                used=sum(one.cpu_percent for one in used) / 100,
+                workers=tuple(view.name for view in workers if view.grant.millicpus),
+                properties={
+                    "packages": str(inventory.packages),
+                    "cores": str(inventory.cores),
+                    "threads": str(inventory.threads),
+                },
+            ),
+            DeviceRow(
+                kind="memory",
+                id="memory",
+                name="RAM",
+                total=ledger.capacity.memory_bytes,
+                reserved=ledger.capacity.memory_bytes - ledger.free.memory_bytes,
+                used=sum(one.memory_bytes for one in used),
+                workers=tuple(view.name for view in workers if view.grant.memory_bytes),
+                properties={
+                    "machine_bytes": str(inventory.machine_memory_bytes),
+                    "swap_bytes": str(inventory.swap_bytes),
+                },
+            ),
+        ]
+        rows += [
+            DeviceRow("node", f"node{node.number}", f"NUMA node, CPUs {node.cpus}", node.memory_bytes, 0, 0)
+            for node in inventory.numa_nodes
+        ]
+        free = {gpu.uuid: gpu.memory_bytes for gpu in ledger.free.gpus}
+        total = {gpu.uuid: gpu.memory_bytes for gpu in ledger.capacity.gpus}
+        rows += [
+            DeviceRow(
+                kind="gpu",
+                id=gpu.uuid,
+                name=gpu.name,
+                total=gpu.memory_bytes,
+                reserved=total.get(gpu.uuid, 0) - free.get(gpu.uuid, 0),
+                used=gpu.memory_used_bytes,
+                workers=tuple(view.name for view in workers if gpu.uuid in view.grant.gpus),
+                properties={"pci": gpu.pci_bus_id, "driver": inventory.gpus.driver_version},
+            )
+            for gpu in inventory.gpus.devices
+        ]
+        return rows, list(inventory.notes)
+
+    async def diagnose(self) -> list[CheckRow]:
+        def look() -> list[Any]:
+            inventory = take_inventory()
+            return doctor.diagnose(doctor.look(inventory, self.node.confinement, self.about.runtime_directory))
+
+        checks = await asyncio.to_thread(look)
+        return [CheckRow(check.name, check.result, check.message, check.advice) for check in checks]

@@ -1,0 +1,76 @@
+"""`llmosd`: the daemon's command line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+import uvloop
+
+from llmosd import __version__, settings
+from llmosd.daemon import AlreadyRunning, Daemon
+from llmosd.declared import DeclarationError
+from llmosd.kernel.units import encode_quantity
+
+log = logging.getLogger("llmosd")
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="llmosd")
+@click.option("--root", type=click.Path(path_type=Path), help="Keep everything below this directory.")
+@click.pass_context
+def main(context: click.Context, root: Path | None) -> None:
+    """The llmosd daemon: supervises model workers and routes requests to them.
+
+    Runs in the foreground until SIGTERM or Ctrl-C, which end all workers. SIGHUP reads the model files again.
+    """
+    context.obj = settings.directories(root)
+    if context.invoked_subcommand is None:
+        sys.exit(_run(context.obj))
+
+
+@main.command()
+@click.pass_obj
+def config(directories: settings.Directories) -> None:
+    """Check llmosd.toml and print what is in force."""
+    try:
+        read = settings.read(directories.config / "llmosd.toml")
+    except DeclarationError as error:
+        sys.exit(f"llmosd: {error}")
+    shown = {"directories": {name: str(getattr(directories, name)) for name in directories.__struct_fields__}}
+    shown |= msgspec.to_builtins(read, enc_hook=encode_quantity)
+    click.echo(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
+
+
+def _run(directories: settings.Directories) -> int:
+    try:
+        directories.make()
+        read = settings.read(directories.config / "llmosd.toml")
+    except (DeclarationError, OSError) as error:
+        click.echo(f"llmosd: {error}", err=True)
+        return 1
+    logging.basicConfig(
+        level=read.logs.level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
+    )
+    return uvloop.run(_serve(directories, read))
+
+
+async def _serve(directories: settings.Directories, read: settings.Settings) -> int:
+    try:
+        daemon = Daemon(directories, read)
+    except (AlreadyRunning, DeclarationError) as error:
+        click.echo(f"llmosd: {error}", err=True)
+        return 1
+    try:
+        for line in await daemon.start():
+            log.error("refused: %s", line)
+        about = daemon.machine.about
+        log.info("llmosd %s serves %s%s", __version__, about.runtime_directory,
+                 f" and {about.gateway_url}" if about.gateway_url else "")  # fmt: skip
+        await daemon.run()
+    finally:
+        await daemon.close()
+    return 0

@@ -1,0 +1,267 @@
+"""One life of one worker: from the gate to an empty group. For the node.
+
+Every step that may block runs in a thread; what was asked for before the birth is over waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from llmosd.kernel import effects as do
+from llmosd.kernel import events as on
+from llmosd.kernel.restart import ExitStatus
+from llmosd.launch.gate import FIRST_GRANT, Gate, Order, SetUpError
+from llmosd.launch.reap import ended, reap
+from llmosd.node import records
+from llmosd.node.groups import Group
+from llmosd.node.records import Record
+
+T = TypeVar("T")
+
+#: Seconds that somebody else's reaping of an adopted worker is waited for, to learn its exit status.
+REAPED_WITHIN_S: Final = 2.0
+#: Seconds between two SIGKILLs to a group that does not go.
+KILL_AGAIN_S: Final = 2.0
+#: Errors of exec that trying again will not mend.
+_HOPELESS: Final = frozenset({errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EISDIR})
+
+
+class Birth(msgspec.Struct, frozen=True):
+    """What a worker is born with."""
+
+    identity: bytes
+    token: bytes
+    #: A directory of its own that ends with it.
+    scratch: Path
+    log_file: Path
+
+
+class Program(msgspec.Struct, frozen=True):
+    """What a worker runs."""
+
+    order: Order
+    #: Given to it through descriptor FIRST_GRANT.
+    config: bytes = b""
+    #: Descriptors of ours for its FIRST_GRANT + 1, + 2, …
+    grants: tuple[int, ...] = ()
+
+
+class Life:
+    """See the module. `emit` tells the kernel; `directory` holds the records."""
+
+    def __init__(
+        self, worker: str, incarnation: int, group: Group, directory: Path, birth: Birth,
+        emit: Callable[[on.Event], None], executor: Executor,
+    ) -> None:  # fmt: skip
+        self.worker = worker
+        self.incarnation = incarnation
+        self.group = group
+        self.birth = birth
+        self.pid = 0
+        #: Called once the group is empty.
+        self.on_empty: Callable[[], None] = lambda: None
+        self._directory = directory
+        self._emit = emit
+        self._executor = executor
+        self._loop = asyncio.get_running_loop()
+        self._pidfd = -1
+        self._record: Record | None = None
+        self._settled = asyncio.Event()
+        self._exited = asyncio.Event()
+        self._killer: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- birth ----------------------------------------------------------------------------------------------
+
+    async def begin(self, effect: do.Spawn, program: Program) -> None:
+        """Spawn, hold at the gate, put into the group and on record, let go. Ends with Spawned or SpawnFailed."""
+        try:
+            await self._in_thread(lambda: self._prepare())
+            gate = self._open_gate(program)
+        except OSError as error:
+            self._fail(on.SpawnFailed(self.worker, self.incarnation, "spawn", str(error)))
+            return
+        self.pid, self._pidfd = gate.pid, gate.pidfd
+        try:
+            await self._in_thread(lambda: self._register(effect))
+            await gate.go(program.order)
+        except (OSError, SetUpError) as error:
+            gate.shut()
+            await self._readable(self._pidfd)
+            reap(self._pidfd)
+            self._fail(self._why(program, error))
+            return
+        self._settled.set()
+        self._loop.add_reader(self._pidfd, self._on_exit)
+        self._emit(on.Spawned(self.worker, self.incarnation, self.pid, self.birth.identity, self.birth.token))
+
+    def _prepare(self) -> None:
+        shutil.rmtree(self.birth.scratch, ignore_errors=True)
+        self.birth.scratch.mkdir(mode=0o700, parents=True)
+
+    def _open_gate(self, program: Program) -> Gate:
+        log = os.open(self.birth.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        config = os.memfd_create("llmosd-config", os.MFD_CLOEXEC)
+        try:
+            os.write(config, program.config)
+            os.lseek(config, 0, os.SEEK_SET)
+            sources = (config, *program.grants)
+            return Gate.spawn(stdin=null, stdout=log, stderr=log, grants=dict(enumerate(sources, FIRST_GRANT)))
+        finally:
+            for fd in (log, null, config):
+                os.close(fd)
+
+    def _register(self, effect: do.Spawn) -> None:
+        """Into its group, and on record: from here on the next daemon would find it."""
+        self.group.enter(self.pid)
+        ticks = records.start_ticks(self.pid)
+        if ticks is None:
+            raise ProcessLookupError(errno.ESRCH, "it was killed while it waited at the gate")
+        self._record = Record(
+            worker=self.worker,
+            incarnation=self.incarnation,
+            boot_id=records.boot_id(),
+            pid=self.pid,
+            start_ticks=ticks,
+            started_at=time.monotonic(),
+            identity=self.birth.identity,
+            token=self.birth.token,
+            spec=effect.spec,
+            limits=effect.limits,
+            grant=effect.grant,
+            cgroup=self.group.cgroup,
+        )
+        records.write(self._directory, self._record)
+
+    def _why(self, program: Program, error: OSError | SetUpError) -> on.SpawnFailed:
+        if not isinstance(error, SetUpError):
+            return on.SpawnFailed(self.worker, self.incarnation, "register", str(error))
+        if error.step == "exec":
+            why = f"cannot run {program.order.argv[0]}: {os.strerror(error.errno)}"
+            return on.SpawnFailed(self.worker, self.incarnation, "exec", why, error.errno in _HOPELESS)
+        return on.SpawnFailed(self.worker, self.incarnation, error.step, str(error))
+
+    def _fail(self, event: on.SpawnFailed) -> None:
+        self._settled.set()
+        self._exited.set()
+        self._forget()
+        self._emit(event)
+        self.on_empty()
+
+    # -- adoption -------------------------------------------------------------------------------------------
+
+    def take_over(self, record: Record, pidfd: int) -> None:
+        """Go on with a worker of the daemon's earlier life, whose identity was checked."""
+        self.pid, self._pidfd, self._record = record.pid, pidfd, record
+        self._settled.set()
+        self._loop.add_reader(pidfd, self._on_exit)
+
+    def take_over_remains(self, record: Record) -> None:
+        """Its leader is gone; whatever is left of its group must go too."""
+        self._record = record
+        self._settled.set()
+        self._exited.set()
+        self.kill()
+
+    # -- what is asked of it --------------------------------------------------------------------------------
+
+    def signal(self, number: int, *, stops: bool) -> None:
+        self._spawn_task(self._signal(number, stops))
+
+    async def _signal(self, number: int, stops: bool) -> None:
+        await self._settled.wait()
+        if self._exited.is_set():
+            return
+        if stops:
+            await self._in_thread(lambda: self._write(stopping=True))
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                pass  # it has just ended by itself
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group, until it is empty; then Emptied."""
+        if self._killer is None:
+            self._killer = self._spawn_task(self._kill())
+
+    async def _kill(self) -> None:
+        await self._settled.wait()
+        if self._exited.is_set() and self._pidfd < 0 and self._record is None:
+            return  # the birth had failed
+        await self._in_thread(self.group.kill)
+        await self._exited.wait()
+        while not await self._in_thread(lambda: self.group.wait_empty(KILL_AGAIN_S)):
+            await self._in_thread(self.group.kill)
+        await self._in_thread(self.group.release)
+        await self._in_thread(self._forget)
+        self._emit(on.Emptied(self.worker, self.incarnation))
+        self.on_empty()
+
+    def note_limits(self, limits: object) -> None:
+        """Limits were changed while it runs: on record, for the next daemon."""
+        self._spawn_task(self._in_thread(lambda: self._write(limits=limits)))
+
+    def _write(self, **changes: object) -> None:
+        if self._record is not None:
+            self._record = msgspec.structs.replace(self._record, **changes)
+            records.write(self._directory, self._record)
+
+    # -- its end --------------------------------------------------------------------------------------------
+
+    def _on_exit(self) -> None:
+        # A dead pidfd stays readable: off the loop first.
+        self._loop.remove_reader(self._pidfd)
+        self._spawn_task(self._end())
+
+    async def _end(self) -> None:
+        status = reap(self._pidfd)
+        if status is None:
+            status = await self._in_thread(lambda: ended(self._pidfd, REAPED_WITHIN_S))
+        os.close(self._pidfd)
+        self._pidfd = -1
+        detail = await self._in_thread(self._last_words) if status != (0, None) else ""
+        self._emit(on.Exited(self.worker, self.incarnation, ExitStatus(*status), detail))
+        self._exited.set()
+
+    def _last_words(self) -> str:
+        """The host's record of how its engine ended, if it wrote one."""
+        try:
+            return (self.birth.scratch / "engine-exit").read_text(errors="replace")[:1000]
+        except OSError:
+            return ""
+
+    def _forget(self) -> None:
+        records.remove(self._directory, self.worker)
+        shutil.rmtree(self.birth.scratch, ignore_errors=True)
+
+    # -- helpers of the loop --------------------------------------------------------------------------------
+
+    async def _readable(self, fd: int) -> None:
+        ready = asyncio.Event()
+        self._loop.add_reader(fd, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            self._loop.remove_reader(fd)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await self._loop.run_in_executor(self._executor, call)
+
+    def _spawn_task(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

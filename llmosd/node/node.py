@@ -1,0 +1,282 @@
+"""The node: carries out the kernel's effects on this machine's processes, and tells what happened as events.
+
+One `Life` a worker's life; here are the lives that are, those of an earlier daemon, and the regular look at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from llmosd.kernel import effects as do
+from llmosd.kernel import events as on
+from llmosd.kernel.spec import Limits
+from llmosd.launch.reap import adopt_orphans, reap_orphans
+from llmosd.node import records
+from llmosd.node.confine import Confinement
+from llmosd.node.groups import Groups
+from llmosd.node.life import Birth, Life, Program
+from llmosd.node.records import Record
+from llmosd.node.usage import CpuMeter, Usage, sample
+
+#: Seconds between two looks at what the workers use.
+SAMPLE_S: Final = 2.0
+T = TypeVar("T")
+_IDENTITY_BYTES: Final = 16
+_TOKEN_BYTES: Final = 32
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What a worker used when it was last looked at."""
+
+    usage: Usage = Usage()
+    #: Percent of one CPU since the look before.
+    cpu_percent: float = 0.0
+
+
+class Node:
+    """See the module. `emit` tells the kernel; `warn` tells people: (worker, sentence)."""
+
+    def __init__(
+        self,
+        runtime: Path,
+        logs: Path,
+        log_max_bytes: int,
+        confinement: Confinement,
+        emit: Callable[[on.Event], None],
+        warn: Callable[[str, str], None],
+        program: Callable[[do.Spawn, Birth, Confinement], Program],
+    ) -> None:
+        self.confinement = confinement
+        self.groups = Groups(f"llmosd-{hashlib.sha256(str(runtime).encode()).hexdigest()[:12]}")
+        self.measured: dict[str, Measured] = {}
+        self._records = runtime / "workers"
+        self._scratch = runtime / "scratch"
+        self._logs = logs
+        self._log_max_bytes = log_max_bytes
+        self._emit = emit
+        self._warn = warn
+        self._program = program
+        self._lives: dict[str, Life] = {}
+        self._limits: dict[str, Limits] = {}
+        self._meters: dict[str, CpuMeter] = {}
+        self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
+        self._tasks: set[asyncio.Task[None]] = set()
+        adopt_orphans()
+
+    def open(self) -> None:
+        """Make the directories and begin to look at the workers."""
+        self._records.mkdir(mode=0o700, exist_ok=True)
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        self._spawn_task(self._watch())
+
+    async def close(self) -> None:
+        """Let go of everything; the workers live on."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.groups.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def log_file(self, worker: str) -> Path:
+        return self._logs / f"{worker}.log"
+
+    def pid_of(self, worker: str) -> int:
+        life = self._lives.get(worker)
+        return life.pid if life else 0
+
+    # -- effects --------------------------------------------------------------------------------------------
+
+    def spawn(self, effect: do.Spawn) -> None:
+        # The first byte of a ZeroMQ identity must not be 0: those are libzmq's own.
+        identity = b"\x01" + os.urandom(_IDENTITY_BYTES - 1)
+        scratch = self._scratch / effect.worker
+        birth = Birth(identity, os.urandom(_TOKEN_BYTES), scratch, self.log_file(effect.worker))
+        life = self._life(effect.worker, effect.incarnation, birth)
+        self._limits[effect.worker] = effect.limits
+        try:
+            program = self._program(effect, birth, self.confinement)
+        except (OSError, ValueError) as error:
+            self._gone(life)
+            self._emit(on.SpawnFailed(effect.worker, effect.incarnation, "prepare", str(error), permanent=True))
+            return
+        self._spawn_task(life.begin(effect, program))
+
+    def signal(self, effect: do.Signal) -> None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+            life.signal(effect.signal, stops=effect.stops)
+
+    def kill_group(self, effect: do.KillGroup) -> None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+            life.kill()
+
+    def freeze(self, effect: do.Freeze) -> None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+            self._spawn_task(self._freeze(life, effect.frozen))
+
+    async def _freeze(self, life: Life, frozen: bool) -> None:
+        try:
+            await self._in_thread(lambda: life.group.freeze(frozen))
+        except OSError as error:
+            self._warn(life.worker, f"cannot {'freeze' if frozen else 'thaw'} its processes: {error}")
+
+    def confine(self, effect: do.Confine) -> None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+            before, self._limits[effect.worker] = self._limits.get(effect.worker), effect.limits
+            life.note_limits(effect.limits)
+            self._spawn_task(self._confine(life, effect.limits, before))
+
+    async def _confine(self, life: Life, limits: Limits, before: Limits | None) -> None:
+        def apply() -> list[str]:
+            pids = [life.pid, *(pid for pid in life.group.members() if pid != life.pid)]
+            return self.confinement.apply(pids, limits, before)
+
+        for sentence in await self._in_thread(apply):
+            self._warn(life.worker, sentence)
+
+    # -- adoption -------------------------------------------------------------------------------------------
+
+    def find_survivors(self, keeps: Callable[[Record], bool]) -> list[on.Adopted]:
+        """Take over the workers of the daemon's earlier life. What is left of dead ones is ended.
+
+        `keeps`: whether a record is to be believed beyond its identity. A record that cannot be read, or whose
+        process cannot be verified, is left alone and warned of: "cannot verify" is not "gone".
+        """
+        adopted = []
+        for path in sorted(self._records.glob("*.json")):
+            try:
+                record = records.read(path)
+                event = self._take_over(record) if keeps(record) else None
+            except records.RecordError as error:
+                path.replace(path.with_suffix(".damaged"))
+                self._warn(path.stem, f"its record cannot be read and was set aside: {error}")
+                continue
+            except PermissionError as error:
+                self._warn(path.stem, f"its process cannot be verified, and is left alone: {error}")
+                continue
+            if event is not None:
+                adopted.append(event)
+        return adopted
+
+    def _take_over(self, record: Record) -> on.Adopted | None:
+        birth = Birth(record.identity, record.token, self._scratch / record.worker, self.log_file(record.worker))
+        if record.boot_id != records.boot_id():
+            records.remove(self._records, record.worker)
+            return None
+        life = Life(
+            record.worker, record.incarnation,
+            self.groups.known(record.cgroup, record.pid, record.worker, record.incarnation),
+            self._records, birth, self._emit, self._executor,
+        )  # fmt: skip
+        pidfd = _open_same(record.pid, record.start_ticks)
+        if pidfd is None:
+            life.take_over_remains(record)
+            return None
+        self._keep(life)
+        self._limits[record.worker] = record.limits
+        life.take_over(record, pidfd)
+        return on.Adopted(
+            worker=record.worker,
+            incarnation=record.incarnation,
+            pid=record.pid,
+            peer=record.identity,
+            token=record.token,
+            spec=record.spec,
+            grant=record.grant,
+            limits=record.limits,
+            started_at=record.started_at,
+            stopping=record.stopping,
+        )
+
+    # -- looking --------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            known = {life.pid for life in self._lives.values()}
+            await self._in_thread(partial(reap_orphans, known))
+            for life in list(self._lives.values()):
+                if life.pid:
+                    await self._look(life)
+
+    async def _look(self, life: Life) -> None:
+        usage = await self._in_thread(lambda: sample(life.group.members()))
+        if self._lives.get(life.worker) is not life:
+            return
+        meter = self._meters.setdefault(life.worker, CpuMeter())
+        self.measured[life.worker] = Measured(usage, meter.update(usage, time.monotonic()))
+        limits = self._limits[life.worker]
+        if self.confinement.over_limit(limits, usage):
+            # Cheap figures may count shared pages twice: look closely before anything is killed.
+            exact = await self._in_thread(lambda: sample(life.group.members(), exact=True))
+            if over := self.confinement.over_limit(limits, exact):
+                self._emit(on.OverLimit(life.worker, life.incarnation, over))
+        await self._in_thread(lambda: _cap(life.birth.log_file, self._log_max_bytes))
+
+    # -- lives ----------------------------------------------------------------------------------------------
+
+    def _life(self, worker: str, incarnation: int, birth: Birth) -> Life:
+        group = self.groups.new(worker, incarnation)
+        return self._keep(Life(worker, incarnation, group, self._records, birth, self._emit, self._executor))
+
+    def _keep(self, life: Life) -> Life:
+        self._lives[life.worker] = life
+        life.on_empty = lambda: self._gone(life)
+        return life
+
+    def _gone(self, life: Life) -> None:
+        if self._lives.get(life.worker) is life:
+            del self._lives[life.worker]
+            self.measured.pop(life.worker, None)
+            self._meters.pop(life.worker, None)
+
+    def _current(self, worker: str, incarnation: int) -> Life | None:
+        life = self._lives.get(worker)
+        return life if life is not None and life.incarnation == incarnation else None
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def _spawn_task(self, coroutine: Coroutine[None, None, None]) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _open_same(pid: int, start_ticks: int) -> int | None:
+    """A pidfd of the process that had this number at that time; None if it is gone. Raises PermissionError."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    # Checked after opening: from here on the descriptor cannot come to mean another process.
+    if records.start_ticks(pid) == start_ticks:
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def _cap(log: Path, max_bytes: int) -> None:
+    """Keep a log in bounds whose writer does not do it itself: a command without a host writes straight to it.
+
+    The file is cut in place, since its writer holds it open for appending; its last part becomes the older file.
+    """
+    try:
+        size = log.stat().st_size
+        if size <= max_bytes:
+            return
+        with log.open("r+b") as file:
+            file.seek(size - max_bytes // 4)
+            log.with_name(log.name + ".1").write_bytes(file.read(max_bytes // 4))
+            file.truncate(0)
+    except OSError:
+        return  # the next look tries again

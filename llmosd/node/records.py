@@ -1,0 +1,86 @@
+"""Who is alive, for the next life of the daemon: one small file a worker in the runtime directory.
+
+Written before the worker may run its program, and again with the intent before a signal ends it. A process is named
+by (boot id, pid, start time): pids are reused, that triple is not. The runtime directory does not survive a boot.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from llmosd.kernel.ledger import Grant
+from llmosd.kernel.spec import Limits, ModelSpec
+from llmosd.kernel.units import decode_quantity, encode_quantity
+
+_encoder: Final = msgspec.json.Encoder(enc_hook=encode_quantity)
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What must be known to adopt a worker, or to end what is left of it."""
+
+    worker: str
+    incarnation: int
+    boot_id: str
+    pid: int
+    #: Clock ticks after boot, /proc/PID/stat field 22.
+    start_ticks: int
+    #: Monotonic seconds.
+    started_at: float
+    identity: bytes
+    token: bytes
+    spec: ModelSpec
+    limits: Limits
+    grant: Grant
+    #: Path of its cgroup; empty where there is none.
+    cgroup: str = ""
+    #: The intent is that it ends.
+    stopping: bool = False
+
+
+class RecordError(Exception):
+    """A record that cannot be read. It is set aside, not deleted: what it names may live."""
+
+
+def path_of(directory: Path, worker: str) -> Path:
+    return directory / f"{worker}.json"
+
+
+def write(directory: Path, record: Record) -> None:
+    """Put a record in force, whole or not at all: a reader sees the old one or the new one."""
+    path = path_of(directory, record.worker)
+    draft = path.with_suffix(".draft")
+    draft.touch(mode=0o600)
+    draft.write_bytes(_encoder.encode(record))
+    draft.replace(path)
+
+
+def remove(directory: Path, worker: str) -> None:
+    path_of(directory, worker).unlink(missing_ok=True)
+
+
+def read(path: Path) -> Record:
+    """Raises RecordError."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record, dec_hook=decode_quantity)
+    except (OSError, msgspec.DecodeError, ValueError) as error:
+        raise RecordError(f"{path}: {error}") from error
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks after boot; None if there is no such process.
+
+    Raises PermissionError where that cannot be known, which does not mean that it is gone.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the program's name in parentheses, and may hold anything.
+    return int(stat.rpartition(")")[2].split()[19])

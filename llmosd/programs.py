@@ -1,0 +1,123 @@
+"""What a worker runs: the daemon's knowledge of its own programs, for the node to start.
+
+A model gets a worker host, which starts the engine; the gateway is our own program; a `command` is the user's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Final
+
+from llmosd.gateway.config import GatewayConfig
+from llmosd.kernel import effects as do
+from llmosd.kernel.spec import Command, ModelSpec, Restart, Scale, Timeouts
+from llmosd.kernel.units import Seconds
+from llmosd.launch.gate import FIRST_GRANT, Order, inherited_environment
+from llmosd.node.confine import Confinement, LaunchSettings
+from llmosd.node.groups import MARK
+from llmosd.node.life import Birth, Program
+from llmosd.settings import Directories, Settings
+from llmosd.worker.config import HostConfig, encode
+
+GATEWAY: Final = "gateway"
+#: How much sooner the OOM killer takes an engine than its host, which has to tell what happened.
+ENGINE_OOM_SCORE: Final = 500
+
+#: The gateway's own model file, so to speak.
+GATEWAY_SPEC: Final = ModelSpec(
+    model=GATEWAY,
+    kind="service",
+    engine=Command(command=(GATEWAY,)),
+    scale=Scale(min=1, max=1),
+    restart=Restart(policy="always", delay=Seconds(0.1), delay_max=Seconds(10), burst=0),
+    timeouts=Timeouts(stop=Seconds(5)),
+)
+
+
+class Programs:
+    """Makes the program of each worker that is spawned."""
+
+    def __init__(self, directories: Directories, settings: Settings, http_fd: int) -> None:
+        """`http_fd`: the gateway's listening socket, -1 where there is none."""
+        self._directories = directories
+        self._settings = settings
+        self._http_fd = http_fd
+
+    def program(self, effect: do.Spawn, birth: Birth, confinement: Confinement) -> Program:
+        """Raises ValueError with what is wrong for good."""
+        spec = effect.spec
+        launch = confinement.launch_settings(effect.limits)
+        marks = {MARK: f"{effect.worker}-{effect.incarnation}"}
+        if spec.model == GATEWAY:
+            return self._gateway(marks, launch)
+        if isinstance(spec.engine, Command):
+            env = inherited_environment({**spec.engine.env, **marks, **_visible_gpus(effect)})
+            return Program(_order(launch, (*spec.engine.command, *spec.engine.args), env))
+        return self._host(effect, birth, launch, marks)
+
+    def _gateway(self, marks: dict[str, str], launch: LaunchSettings) -> Program:
+        directories, gateway = self._directories, self._settings.gateway
+        config = GatewayConfig(
+            front_address=directories.front,
+            runtime_directory=str(directories.runtime),
+            listen_fd=FIRST_GRANT + 1,
+            api_keys_file=gateway.api_keys_file,
+            body_max=self._settings.scheduler.body_max,
+        )
+        argv = (sys.executable, "-m", "llmosd.gateway")
+        order = _order(launch, argv, inherited_environment(marks), keep=(FIRST_GRANT, FIRST_GRANT + 1))
+        return Program(order, encode(config), (self._http_fd,))
+
+    def _host(self, effect: do.Spawn, birth: Birth, launch: LaunchSettings, marks: dict[str, str]) -> Program:
+        spec, limits = effect.spec, effect.limits
+        threads = max(1, effect.grant.millicpus // 1000) if effect.grant.millicpus else _cpus(launch)
+        base = launch.oom_score_adj
+        engine_oom = min(1000, (base or 0) + ENGINE_OOM_SCORE)
+        config = HostConfig(
+            worker=effect.worker,
+            model=spec.model,
+            identity=birth.identity,
+            token=birth.token,
+            back_address=self._directories.back,
+            engine=spec.engine,
+            slots=limits.slots,
+            threads=threads,
+            engine_order=Order(
+                argv=(), env={**marks, **_visible_gpus(effect)}, cwd=str(birth.scratch), oom_score_adj=engine_oom
+            ),
+            scratch=str(birth.scratch),
+            weights_path=(str(self._directories.state / "models"), str(self._directories.models)),
+            log_file=str(birth.log_file),
+            log_max_bytes=int(self._settings.logs.max_size),
+            stop_timeout=max(0.5, float(spec.timeouts.stop) * 0.8),
+            orphan_timeout=float(self._settings.node.orphan_timeout),
+        )
+        env = inherited_environment({**marks, **_visible_gpus(effect)})
+        argv = (sys.executable, "-m", "llmosd.worker")
+        return Program(_order(launch, argv, env, keep=(FIRST_GRANT,)), encode(config))
+
+
+def _order(launch: LaunchSettings, argv: tuple[str, ...], env: dict[str, str], keep: tuple[int, ...] = ()) -> Order:
+    return Order(
+        argv=argv,
+        env=env,
+        cwd="/",
+        umask=0o027,
+        rlimits=launch.rlimits,
+        oom_score_adj=launch.oom_score_adj,
+        cpu_affinity=launch.cpu_affinity,
+        nice=launch.nice,
+        ionice=launch.ionice,
+        subreaper=True,
+        keep_fds=keep,
+    )
+
+
+def _visible_gpus(effect: do.Spawn) -> dict[str, str]:
+    """Only the granted GPUs, by UUID; an empty list hides all (CUDA C++ Programming Guide, CUDA_VISIBLE_DEVICES)."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(effect.grant.gpus)}
+
+
+def _cpus(launch: LaunchSettings) -> int:
+    return len(launch.cpu_affinity or os.sched_getaffinity(0))

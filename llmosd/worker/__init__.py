@@ -1,0 +1,1 @@
+"""What runs inside a worker: the host that speaks the bus, and the drivers that speak to engines."""

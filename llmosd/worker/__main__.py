@@ -1,0 +1,5 @@
+import sys
+
+from llmosd.worker.host import main
+
+sys.exit(main())

@@ -1,0 +1,124 @@
+"""An engine that is a process: started at the gate, its output drained to its end, its exit recorded.
+
+The host is its parent and a subreaper, so whatever the engine forks away comes back here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from llmosd.launch.gate import Gate, Order, SetUpError, inherited_environment
+from llmosd.launch.reap import reap
+from llmosd.worker.config import HostConfig
+from llmosd.worker.drivers import EngineEnded
+from llmosd.worker.log import WorkerLog
+
+_READ_BYTES: Final = 1 << 16
+
+
+class EngineProcess:
+    """One engine process and its output."""
+
+    def __init__(self, config: HostConfig, log: WorkerLog) -> None:
+        self._config = config
+        self._log = log
+        self._pidfd = -1
+        self.pid = 0
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[str] = loop.create_future()
+        self._pipe = -1
+
+    async def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        """Run the engine's program. Raises EngineEnded with the reason."""
+        loop = asyncio.get_running_loop()
+        self._pipe, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(write_end, True)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            gate = Gate.spawn(stdin=null, stdout=write_end, stderr=write_end)
+        except OSError as error:
+            raise EngineEnded(f"cannot start {argv[0]}: {error}") from error
+        finally:
+            os.close(null)
+            os.close(write_end)
+        self.pid, self._pidfd = gate.pid, gate.pidfd
+        loop.add_reader(self._pidfd, self._on_exit)
+        loop.add_reader(self._pipe, self._on_output)
+        order: Order = msgspec.structs.replace(
+            self._config.engine_order,
+            argv=tuple(argv),
+            env=inherited_environment(env) | self._config.engine_order.env,
+            parent_death_signal=int(signal.SIGKILL),
+        )
+        self._log.say(f"starts {' '.join(argv)}")
+        try:
+            await gate.go(order)
+        except SetUpError as error:
+            if error.step == "exec":
+                raise EngineEnded(f"cannot run {argv[0]}: {os.strerror(error.errno)}") from error
+            raise EngineEnded(f"cannot set up {argv[0]}: {error.step}: {error}") from error
+
+    async def ended(self) -> str:
+        """Wait for the engine's end; returns how it ended, with its last lines."""
+        return await asyncio.shield(self._ended)
+
+    async def stop(self, timeout: float) -> None:
+        """SIGTERM, then SIGKILL after `timeout` seconds, to the engine and to all its descendants."""
+        if self._pidfd < 0 or self._ended.done():
+            return
+        self._signal(signal.SIGTERM)
+        done, _ = await asyncio.wait([self._ended], timeout=timeout)
+        if not done:
+            self._log.say(f"the engine did not end within {timeout:g} s of SIGTERM: SIGKILL")
+            self._signal(signal.SIGKILL)
+            await asyncio.wait([self._ended], timeout=timeout)
+
+    def _signal(self, number: int) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            pass  # it has just ended by itself
+
+    def _on_output(self) -> None:
+        try:
+            data = os.read(self._pipe, _READ_BYTES)
+        except BlockingIOError:
+            return
+        if data:
+            self._log.write(data)
+        else:
+            asyncio.get_running_loop().remove_reader(self._pipe)
+            os.close(self._pipe)
+            self._pipe = -1
+
+    def _on_exit(self) -> None:
+        status = reap(self._pidfd)
+        if status is None:
+            return
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._pidfd)
+        while self._pipe >= 0 and self._has_output():
+            self._on_output()
+        code, number = status
+        how = f"was killed by {signal.Signals(number).name}" if number else f"exited with code {code}"
+        if not self._ended.done():
+            self._ended.set_result(f"the engine {how}" + self._last_words())
+
+    def _has_output(self) -> bool:
+        try:
+            data = os.read(self._pipe, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if data:
+            self._log.write(data)
+        return bool(data)
+
+    def _last_words(self) -> str:
+        lines = [line for line in self._log.tail if not line.startswith("llmosd: ")]
+        return f"; its last line: {lines[-1][:200]}" if lines else ""

@@ -24,7 +24,7 @@ HAVE_DEMO := $(or $(wildcard $(HAVE_DEV)),.venv/installed-demo)
 # What `make test ARGS='-k name -x'` and the other verbs pass on.
 ARGS ?=
 DEMO := examples/demo.sh
-RUN := $(BIN)/llmosd run --root .demo
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH" examples/run.sh
 BENCH := $(BIN)/python -m bench
 PROTO := proto/llmos/v1/control.proto
 

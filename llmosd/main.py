@@ -21,13 +21,17 @@ log = logging.getLogger("llmosd")
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="llmosd")
 @click.option("--root", type=click.Path(path_type=Path), help="Keep everything below this directory.")
+@click.option("--runtime-dir", type=click.Path(path_type=Path), help="For the sockets, where their paths are short.")
 @click.pass_context
-def main(context: click.Context, root: Path | None) -> None:
+def main(context: click.Context, root: Path | None, runtime_dir: Path | None) -> None:
     """The llmosd daemon: supervises model workers and routes requests to them.
 
     Runs in the foreground until SIGTERM or Ctrl-C, which end all workers. SIGHUP reads the model files again.
     """
-    context.obj = settings.directories(root)
+    directories = settings.directories(root)
+    if runtime_dir is not None:
+        directories = msgspec.structs.replace(directories, runtime=runtime_dir.absolute())
+    context.obj = directories
     if context.invoked_subcommand is None:
         sys.exit(_run(context.obj))
 

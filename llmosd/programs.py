@@ -48,7 +48,7 @@ class Programs:
         """Raises ValueError with what is wrong for good."""
         spec = effect.spec
         launch = confinement.launch_settings(effect.limits)
-        marks = {MARK: f"{effect.worker}-{effect.incarnation}"}
+        marks = {MARK: birth.mark}
         if spec.model == GATEWAY:
             return self._gateway(marks, launch)
         if isinstance(spec.engine, Command):

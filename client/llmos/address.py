@@ -59,12 +59,14 @@ class Address(NamedTuple):
         return f"it does not answer at {path}, though somebody listens. Its log may say why."
 
 
-def find(host: str | None = None, environ: Mapping[str, str] = os.environ, uid: int | None = None) -> Address:
+def find(
+    host: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ, uid: int | None = None
+) -> Address:
     """The daemon to speak to. `host`: a runtime directory or ``unix://`` and its path; else LLMOS_HOST, else search.
 
     Raises DaemonUnreachable, which names the places looked at.
     """
-    named = host or environ.get("LLMOS_HOST", "")
+    named = os.fspath(host) if host else environ.get("LLMOS_HOST", "")
     if named:
         return _named(named, "--host" if host else "LLMOS_HOST")
     places = candidates(environ, os.getuid() if uid is None else uid)

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import signal as signals
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
@@ -28,20 +28,17 @@ from llmos import completions, types
 from llmos.answers import Pieces, completion, whole
 from llmos.bus import AsyncBus, Stream
 from llmos.errors import DeadlineExceeded, Invalid
-from llmos.following import DEAD_ENDS, arrived, unseen, where
+from llmos.following import DEAD_ENDS, FollowedLog, arrived, where
 from llmos.signals import signal_number
 
 if TYPE_CHECKING:
     from llmos.control import Control
 
-#: Lines of a log asked for again after a cut, to find the place.
-LOG_OVERLAP_LINES: Final = 100
-
 
 class AsyncClient:
     """One daemon. Use it as a context manager, or `close` it; inside one event loop."""
 
-    def __init__(self, host: str | None = None, *, tenant: str = "", patience: float = 5.0) -> None:
+    def __init__(self, host: str | PathLike[str] | None = None, *, tenant: str = "", patience: float = 5.0) -> None:
         """`host`: a runtime directory; None: LLMOS_HOST, or search. `tenant`: whom requests are accounted to; empty:
         the user. `patience`: seconds to wait for a daemon that does not answer.
 
@@ -113,36 +110,24 @@ class AsyncClient:
 
     async def logs(self, worker: str, *, lines: int = 100, follow: bool = False) -> AsyncGenerator[str]:
         """A worker's log: the last `lines`, -1: all that are kept; with `follow` on and on, across restarts."""
-        recent: deque[str] = deque(maxlen=LOG_OVERLAP_LINES)
-        control, requests = self._connected(), _messages()
-        opened = 0
+        log = FollowedLog(lines, follow)
 
         def request() -> Any:
-            nonlocal opened
-            opened += 1
-            wanted = lines if opened == 1 else LOG_OVERLAP_LINES
-            return requests.ReadLogsRequest(worker=worker, lines=wanted, follow=follow)
+            return _messages().ReadLogsRequest(worker=worker, lines=log.reopened(), follow=follow)
 
-        seen = 0
-        async with aclosing(control.stream("ReadLogs", request, again=follow)) as answers:
+        async with aclosing(self._connected().stream("ReadLogs", request, again=follow)) as answers:
             async for answer in answers:
-                fresh = list(answer.lines)
-                if opened > max(seen, 1):
-                    fresh = unseen(list(recent), fresh)
-                seen = opened
-                recent.extend(fresh)
-                for line in fresh:
+                for line in log.received(answer.lines):
                     yield line
 
     async def events(self, *, after: int = 0, follow: bool = False) -> AsyncGenerator[types.Event]:
         """What happened after the cursor `after`, 0: all that is kept; with `follow` on and on, none twice."""
-        control, requests = self._connected(), _messages()
         cursor = after
 
         def request() -> Any:
-            return requests.WatchEventsRequest(after=cursor, follow=follow)
+            return _messages().WatchEventsRequest(after=cursor, follow=follow)
 
-        async with aclosing(control.stream("WatchEvents", request, again=follow)) as answers:
+        async with aclosing(self._connected().stream("WatchEvents", request, again=follow)) as answers:
             async for answer in answers:
                 cursor = answer.cursor
                 yield types.Event.of(answer)

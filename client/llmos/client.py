@@ -23,6 +23,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
@@ -39,7 +40,7 @@ T = TypeVar("T")
 class Client:
     """One daemon. Use it as a context manager, or `close` it. Methods are AsyncClient's, and documented there."""
 
-    def __init__(self, host: str | None = None, *, tenant: str = "", patience: float = 5.0) -> None:
+    def __init__(self, host: str | PathLike[str] | None = None, *, tenant: str = "", patience: float = 5.0) -> None:
         """As AsyncClient's. Raises DaemonUnreachable when there is no socket to connect to."""
         self._loop = asyncio.new_event_loop()
         try:
@@ -198,7 +199,11 @@ class Client:
         finally:
             aclose = getattr(items, "aclose", None)
             if aclose is not None and not self._loop.is_closed():
-                self._run(_awaited(aclose()))
+                if threading.current_thread() is self._thread:
+                    # Collected as garbage over there, where nothing may wait.
+                    self._loop.call_soon(self._loop.create_task, _awaited(aclose()))
+                else:
+                    self._run(_awaited(aclose()))
 
 
 class Pieces:

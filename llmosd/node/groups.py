@@ -182,6 +182,7 @@ class Groups:
 
     def __init__(self, name: str) -> None:
         """`name`: unique to this daemon's runtime directory."""
+        self._name = name
         self._base = _cgroup_base(name)
 
     @property
@@ -191,12 +192,15 @@ class Groups:
     def new(self, worker: str, incarnation: int) -> Group:
         if self._base is not None:
             return CgroupGroup(self._base / f"{worker}-{incarnation}")
-        return MarkedGroup(0, f"{worker}-{incarnation}")
+        return MarkedGroup(0, self.mark(worker, incarnation))
 
-    @staticmethod
-    def known(cgroup: str, leader: int, worker: str, incarnation: int) -> Group:
+    def mark(self, worker: str, incarnation: int) -> str:
+        """The value of MARK in a worker's environment: unique on this machine."""
+        return f"{self._name}/{worker}-{incarnation}"
+
+    def known(self, cgroup: str, leader: int, worker: str, incarnation: int) -> Group:
         """The group of a worker that was alive before the daemon was."""
-        return CgroupGroup(Path(cgroup)) if cgroup else MarkedGroup(leader, f"{worker}-{incarnation}")
+        return CgroupGroup(Path(cgroup)) if cgroup else MarkedGroup(leader, self.mark(worker, incarnation))
 
     def close(self) -> None:
         if self._base is not None:

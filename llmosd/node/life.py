@@ -42,6 +42,8 @@ class Birth(msgspec.Struct, frozen=True):
 
     identity: bytes
     token: bytes
+    #: Its processes have this in their environment, as groups.MARK.
+    mark: str
     #: A directory of its own that ends with it.
     scratch: Path
     log_file: Path

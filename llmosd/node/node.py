@@ -100,7 +100,8 @@ class Node:
         # The first byte of a ZeroMQ identity must not be 0: those are libzmq's own.
         identity = b"\x01" + os.urandom(_IDENTITY_BYTES - 1)
         scratch = self._scratch / effect.worker
-        birth = Birth(identity, os.urandom(_TOKEN_BYTES), scratch, self.log_file(effect.worker))
+        mark = self.groups.mark(effect.worker, effect.incarnation)
+        birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, self.log_file(effect.worker))
         life = self._life(effect.worker, effect.incarnation, birth)
         self._limits[effect.worker] = effect.limits
         try:
@@ -168,7 +169,8 @@ class Node:
         return adopted
 
     def _take_over(self, record: Record) -> on.Adopted | None:
-        birth = Birth(record.identity, record.token, self._scratch / record.worker, self.log_file(record.worker))
+        mark = self.groups.mark(record.worker, record.incarnation)
+        birth = Birth(record.identity, record.token, mark, self._scratch / record.worker, self.log_file(record.worker))
         if record.boot_id != records.boot_id():
             records.remove(self._records, record.worker)
             return None

@@ -52,7 +52,8 @@ def test_systemd_accepts_every_unit(tmp_path: Path) -> None:
     daemon = tmp_path / "llmosd"
     daemon.write_text("#!/bin/sh\n")
     daemon.chmod(0o755)
-    names = ("llmosd.service", "llmosd.socket", "llmos.slice")
+    names = [path.name for path in UNITS.iterdir() if path.is_file()]
+    assert len(names) == 5
     for name in names:
         # The daemon may be installed elsewhere, or nowhere: a unit whose program is missing is refused.
         text = (UNITS / name).read_text().replace("/usr/bin/llmosd", str(daemon))
@@ -98,7 +99,18 @@ def test_the_daemon_tells_systemd_how_it_is() -> None:
     assert service["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 
-def test_the_sockets_listen_on_this_machine_only() -> None:
-    listeners = settings("llmosd.socket")["ListenStream"]
-    assert listeners == ["127.0.0.1:8484", "/run/llmosd/front.sock", "/run/llmosd/back.sock"]
-    assert settings("llmosd.socket")["SocketMode"] == ["0660"]
+@pytest.mark.parametrize(
+    ("unit", "listener", "name"),
+    [
+        ("llmosd.socket", "127.0.0.1:8484", "http"),
+        ("llmosd-front.socket", "/run/llmosd/front.sock", "front"),
+        ("llmosd-back.socket", "/run/llmosd/back.sock", "back"),
+    ],
+)
+def test_a_socket_listens_on_this_machine_only_by_the_name_the_daemon_knows(
+    unit: str, listener: str, name: str
+) -> None:
+    socket = settings(unit)
+    assert socket["ListenStream"] == [listener]
+    assert socket["FileDescriptorName"] == [name]
+    assert socket.get("SocketMode", ["0660"]) == ["0660"]

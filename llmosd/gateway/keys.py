@@ -1,0 +1,39 @@
+"""API keys: who a request is accounted to. A file with a line a key, ``key`` or ``tenant:key``; `#` begins a remark."""
+
+from __future__ import annotations
+
+import hmac
+from pathlib import Path
+
+
+class Keys:
+    """The keys of one file. No file: everybody is welcome, and accounted to nobody in particular."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError and ValueError: a gateway that cannot know its keys must not open."""
+        self._tenants: dict[bytes, str] = {}
+        self.required = bool(path)
+        if not path:
+            return
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            words = line.partition("#")[0].strip()
+            if not words:
+                continue
+            tenant, colon, key = words.rpartition(":")
+            if not key or (colon and not tenant):
+                raise ValueError(f"{path}, line {number}: expected `key` or `tenant:key`")
+            self._tenants[key.encode()] = tenant or "api"
+        if not self._tenants:
+            raise ValueError(f"{path} has no key in it: nobody could use the API")
+
+    def tenant(self, authorization: str) -> str | None:
+        """The tenant of an Authorization header; None if its key is not one of ours."""
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        found = None
+        # Every key is compared, in constant time each: how long it takes tells nothing.
+        for key, tenant in self._tenants.items():
+            if hmac.compare_digest(key, given.strip().encode()):
+                found = tenant
+        return found

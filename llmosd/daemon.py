@@ -7,7 +7,6 @@ work it is. Nothing blocks on this loop, and no part knows another.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import getpass
 import logging
 import os
@@ -16,7 +15,6 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import zmq
@@ -38,20 +36,16 @@ from llmosd.modelfile import ModelDirectory
 from llmosd.node.confine.process import ProcessConfinement
 from llmosd.node.devices import take_inventory
 from llmosd.node.node import Node
-from llmosd.programs import GATEWAY, GATEWAY_SPEC, Programs
+from llmosd.programs import GATEWAY_SPEC, Programs
+from llmosd.runtime import hold, ticket_key
 from llmosd.settings import Directories, Settings
 
 log = logging.getLogger("llmosd")
 
-_KEY_BYTES: Final = 32
 #: Seconds that control calls under way have at the end.
 _CONTROL_GRACE_S: Final = 1.0
-#: Events after which other callbacks of the loop have their turn.
-_CALL_NONE: Final = 0
-
-
-class AlreadyRunning(Exception):  # noqa: N818  # it is a statement of fact
-    """Another daemon has this runtime directory."""
+#: The call number of commands whose answer nobody waits for.
+_NO_CALL: Final = 0
 
 
 class Daemon:
@@ -67,14 +61,14 @@ class Daemon:
         self._down = asyncio.Event()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._lock = _lock(directories.runtime)
+        self._lock = hold(directories.runtime)
         now = time.monotonic()
         s = settings.scheduler
         self.kernel = Kernel(
             Params(
                 epoch=int(now * 1000),
                 seed=int.from_bytes(os.urandom(8), "big"),
-                ticket_key=_ticket_key(directories.runtime),
+                ticket_key=ticket_key(directories.runtime),
                 placement=s.placement,
                 body_max=int(s.body_max),
                 window=s.window,
@@ -83,7 +77,7 @@ class Daemon:
                 requests_max=s.requests_max,
             )
         )
-        sockets = notify.passed_sockets()
+        sockets = self._passed = notify.passed_sockets()
         self._http = self._listen_http(sockets)
         self.events = EventLog(first=int(time.time() * 1000))
         programs = Programs(directories, settings, self._http.fileno() if self._http else -1)
@@ -106,8 +100,8 @@ class Daemon:
             on_unreachable=lambda peer: None,  # its pidfd tells when it is gone; its HELLO when it is back
             fd=sockets.get("back", -1),
         )  # fmt: skip
-        for name in ("front.sock", "back.sock"):
-            (directories.runtime / name).chmod(0o660)
+        for name in {"front", "back"} - set(sockets):
+            (directories.runtime / f"{name}.sock").chmod(0o660)
         self.machine = LocalMachine(
             self.kernel, self.node, self.feed, self.events, self._about(), ModelDirectory(directories.models),
             directories.state / "limits",
@@ -123,7 +117,7 @@ class Daemon:
         self.node.open()
         survivors = await asyncio.to_thread(self.node.find_survivors, lambda record: True)
         if self._http is not None:
-            self.feed(on.Apply(_CALL_NONE, GATEWAY_SPEC))
+            self.feed(on.Apply(_NO_CALL, GATEWAY_SPEC))
         _, _, refused = await self.machine.reload()
         for event in survivors:
             self.feed(event)
@@ -166,8 +160,8 @@ class Daemon:
         self._context.term()
         if self._http is not None:
             self._http.close()
-        for name in ("front.sock", "back.sock"):
-            (self._directories.runtime / name).unlink(missing_ok=True)
+        for name in {"front", "back"} - set(self._passed):
+            (self._directories.runtime / f"{name}.sock").unlink(missing_ok=True)
         os.close(self._lock)
 
     # -- the loop around the kernel -------------------------------------------------------------------------
@@ -290,36 +284,3 @@ class Daemon:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _lock(runtime: Path) -> int:
-    """Hold the runtime directory for this process's life: a second bind would take the sockets' paths silently."""
-    fd = os.open(runtime / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise AlreadyRunning(f"another llmosd (pid {holder}) has {runtime}") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
-
-
-def _ticket_key(runtime: Path) -> bytes:
-    """The key that signs tickets: the same for every daemon of this boot."""
-    path = runtime / "ticket-key"
-    try:
-        key = path.read_bytes()
-        if len(key) == _KEY_BYTES:
-            return key
-    except FileNotFoundError:
-        pass  # the first daemon of this boot
-    key = os.urandom(_KEY_BYTES)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(key)
-    return key
-
-
-__all__ = ["GATEWAY", "AlreadyRunning", "Daemon"]

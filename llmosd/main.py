@@ -10,10 +10,11 @@ import click
 import msgspec
 import uvloop
 
-from llmosd import __version__, settings
-from llmosd.daemon import AlreadyRunning, Daemon
+from llmosd import __version__, notify, settings
+from llmosd.daemon import Daemon
 from llmosd.declared import DeclarationError
 from llmosd.kernel.units import encode_quantity
+from llmosd.runtime import AlreadyRunning
 
 log = logging.getLogger("llmosd")
 
@@ -56,9 +57,7 @@ def _run(directories: settings.Directories) -> int:
     except (DeclarationError, OSError) as error:
         click.echo(f"llmosd: {error}", err=True)
         return 1
-    logging.basicConfig(
-        level=read.logs.level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=read.logs.level.upper(), handlers=[notify.log_handler()])
     return uvloop.run(_serve(directories, read))
 
 

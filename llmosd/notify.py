@@ -1,4 +1,4 @@
-"""Words with systemd: readiness, status, watchdog, and sockets that it opened. Nothing of it where there is none.
+"""Words with systemd: readiness, watchdog, the journal, and sockets that it opened. Nothing where there is none.
 
 Uses `systemd-python` where it is installed (the `systemd` extra). Without it the daemon runs the same, and says less.
 """
@@ -6,19 +6,31 @@ Uses `systemd-python` where it is installed (the `systemd` extra). Without it th
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import socket
 from typing import Any, Final
 
 
-def _import_systemd() -> Any:
+def _import(name: str) -> Any:
     try:
-        return importlib.import_module("systemd.daemon")
+        return importlib.import_module(name)
     except ImportError:
         return None
 
 
-_daemon: Final = _import_systemd()
+_daemon: Final = _import("systemd.daemon")
+
+
+def log_handler() -> logging.Handler:
+    """Where the daemon's own log goes: the journal, when systemd connected stderr to it, else stderr."""
+    journal = _import("systemd.journal") if os.environ.get("JOURNAL_STREAM") else None
+    if journal is not None:
+        handler: logging.Handler = journal.JournalHandler(SYSLOG_IDENTIFIER="llmosd")
+        return handler
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    return handler
 
 
 def notify(state: str) -> None:
@@ -30,11 +42,8 @@ def notify(state: str) -> None:
 def watchdog_s() -> float | None:
     """How often systemd wants a sign of life, in seconds; None: it does not."""
     microseconds = os.environ.get("WATCHDOG_USEC", "")
-    if (
-        _daemon is None
-        or not microseconds.isdigit()
-        or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid())
-    ):
+    meant_for = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    if _daemon is None or not microseconds.isdigit() or meant_for != str(os.getpid()):
         return None
     return int(microseconds) / 2e6
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NoReturn, Self
 
 import grpc
 
+from llmos.protocol import frames as f
 from llmos.v1 import control_pb2 as pb
 from llmos.v1 import control_pb2_grpc as rpc
 from tests.unit.fake_bus import FakeBus
@@ -70,7 +70,9 @@ class FakeControl(rpc.ControlServicer):
     # -- inside ---------------------------------------------------------------------------------------------
 
     def _called(self, context: grpc.ServicerContext, method: str) -> None:
-        self.calls.append(method)
+        with self.changed:
+            self.calls.append(method)
+            self.changed.notify_all()
         if method in self.failing:
             context.abort(self.failing.pop(method), f"{method} was made to fail")
 
@@ -282,11 +284,14 @@ class FakeDaemon:
         self._pool.shutdown()
         asyncio.run_coroutine_threadsafe(self.bus.stop(), self._loop).result(10)
 
-    def wait_for_call(self, method: str, count: int = 1, timeout: float = 10) -> None:
-        deadline = time.monotonic() + timeout
-        while self.control.calls.count(method) < count:
-            assert time.monotonic() < deadline, f"{method} was not called: {self.control.calls}"
-            time.sleep(0.01)
+    def wait_for_call(self, method: str, timeout: float = 20) -> None:
+        with self.control.changed:
+            called = self.control.changed.wait_for(lambda: method in self.control.calls, timeout)
+        assert called, f"{method} was not called: {self.control.calls}"
+
+    def wait_for_cancel(self) -> None:
+        """Until a client has cancelled a request."""
+        asyncio.run_coroutine_threadsafe(self.bus.wait_for_kind(f.Kind.CANCEL), self._loop).result(20)
 
     def __enter__(self) -> Self:
         self.start()

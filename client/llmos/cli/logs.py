@@ -25,4 +25,5 @@ async def command(client: AsyncClient, worker: str, follow: bool, lines: str) ->
         raise click.BadParameter(f"{lines!r} is neither a number of lines nor 'all'.", param_hint="'-n'")
     count = -1 if lines == "all" else int(lines)
     async for line in client.logs(worker, lines=count, follow=follow):
-        click.echo(clean(line, keep="\t") if is_terminal() else line)
+        # Into a file or a pipe it goes as it is; a terminal would obey what is in it.
+        click.echo(clean(line, keep="\t") if is_terminal() else line, color=True)

@@ -98,7 +98,8 @@ def table(
             for row in cells:
                 row[column] = paint[header](row[column])
     align = ["right" if header in right else "left" for header in headers]
-    text = tabulate(cells, headers, tablefmt="plain", disable_numparse=True, colalign=align if cells else None)
+    # The headers go in as a row: as headers they would be padded by two more columns.
+    text = tabulate([list(headers), *cells], tablefmt="plain", disable_numparse=True, colalign=align)
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 

@@ -1,0 +1,44 @@
+"""What a daemon holds in its runtime directory besides sockets and records: its lock, and its key to sign tickets."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+_KEY_BYTES: Final = 32
+
+
+class AlreadyRunning(Exception):  # noqa: N818  # it is a statement of fact
+    """Another daemon has this runtime directory."""
+
+
+def hold(runtime: Path) -> int:
+    """Hold the runtime directory for this process's life: a second bind would take the sockets' paths silently."""
+    fd = os.open(runtime / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise AlreadyRunning(f"another llmosd (pid {holder}) has {runtime}") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def ticket_key(runtime: Path) -> bytes:
+    """The key that signs tickets: the same for every daemon of this boot."""
+    path = runtime / "ticket-key"
+    try:
+        key = path.read_bytes()
+        if len(key) == _KEY_BYTES:
+            return key
+    except FileNotFoundError:
+        pass  # the first daemon of this boot
+    key = os.urandom(_KEY_BYTES)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(key)
+    return key

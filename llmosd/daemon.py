@@ -57,6 +57,8 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[on.Event] = deque()
         self._handling = False
+        self._resuming = False
+        self._faults = 0
         self._timer: asyncio.TimerHandle | None = None
         self._down = asyncio.Event()
         self._stop = asyncio.Event()
@@ -106,7 +108,10 @@ class Daemon:
             self.kernel, self.node, self.feed, self.events, self._about(), ModelDirectory(directories.models),
             directories.state / "limits",
         )  # fmt: skip
-        self.machine.counts += [lambda: dict(self._front.counts), lambda: dict(self._back.counts)]
+        self.machine.counts += [
+            lambda: dict(self._front.counts + self._back.counts),
+            lambda: {"faults": self._faults},
+        ]
         self._control = ControlServer(self.machine, directories.control)
         self._carry = self._carriers()
 
@@ -172,13 +177,21 @@ class Daemon:
         if self._handling:
             return
         self._handling = True
-        try:
-            while self._inbox:
-                effects = self.kernel.handle(self._inbox.popleft(), time.monotonic())
-                for effect in effects:
+        while self._inbox:
+            one = self._inbox.popleft()
+            try:
+                effects = self.kernel.handle(one, time.monotonic())
+            except Exception:  # a fault of ours costs this event, not the workers and everybody's requests
+                log.exception("the kernel failed on %s", type(one).__name__)
+                self._faults += 1
+                continue
+            for effect in effects:
+                try:
                     self._carry[type(effect)](effect)
-        finally:
-            self._handling = False
+                except Exception:  # likewise this effect, not those after it
+                    log.exception("%s could not be carried out", type(effect).__name__)
+                    self._faults += 1
+        self._handling = False
         self._arm()
 
     def _arm(self) -> None:
@@ -196,8 +209,6 @@ class Daemon:
     def _tick(self) -> None:
         self._timer = None
         self.feed(on.Tick())
-        self._front.resume()
-        self._back.resume()
 
     def _carriers(self) -> dict[type[do.Effect], Callable[[Any], None]]:
         return {
@@ -217,10 +228,21 @@ class Daemon:
 
     def _to_client(self, effect: do.ToClient) -> None:
         self._front.send(effect)
-        self._front.resume()
+        self._resume_soon()
 
     def _to_worker(self, effect: do.ToWorker) -> None:
         self._back.send(effect)
+        self._resume_soon()
+
+    def _resume_soon(self) -> None:
+        """Look for messages whose wake-up a send has eaten: once for all that this iteration of the loop sends."""
+        if not self._resuming:
+            self._resuming = True
+            self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._resuming = False
+        self._front.resume()
         self._back.resume()
 
     def _happened(self, effect: do.Happened) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
+import queue
 import sys
 from pathlib import Path
 
@@ -57,8 +59,15 @@ def _run(directories: settings.Directories) -> int:
     except (DeclarationError, OSError) as error:
         click.echo(f"llmosd: {error}", err=True)
         return 1
-    logging.basicConfig(level=read.logs.level.upper(), handlers=[notify.log_handler()])
-    return uvloop.run(_serve(directories, read))
+    # Written by a thread of its own: a terminal that stands still must not stop the daemon.
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    writer = logging.handlers.QueueListener(lines, notify.log_handler())
+    logging.basicConfig(level=read.logs.level.upper(), handlers=[logging.handlers.QueueHandler(lines)])
+    writer.start()
+    try:
+        return uvloop.run(_serve(directories, read))
+    finally:
+        writer.stop()
 
 
 async def _serve(directories: settings.Directories, read: settings.Settings) -> int:

@@ -59,6 +59,7 @@ proto: $(HAVE_DEV)  ## write the gRPC stubs again, from proto/
 
 docs: $(HAVE_DEV)  ## write the generated documents again, from the declarations in the code
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m llmos.cli.reference > docs/cli.md
 
 clean:  ## remove what make made: .venv, the demo's files, caches
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

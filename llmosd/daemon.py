@@ -11,7 +11,6 @@ import getpass
 import logging
 import os
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,12 +30,13 @@ from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.params import Params
+from llmosd.listen import HttpSocket
 from llmosd.machine import LocalMachine
 from llmosd.modelfile import ModelDirectory
 from llmosd.node.confine.process import ProcessConfinement
 from llmosd.node.devices import take_inventory
 from llmosd.node.node import Node
-from llmosd.programs import GATEWAY_SPEC, Programs
+from llmosd.programs import GATEWAY, Programs, gateway_spec
 from llmosd.runtime import hold, ticket_key
 from llmosd.settings import Directories, Settings
 
@@ -59,7 +59,8 @@ class Daemon:
         self._handling = False
         self._resuming = False
         self._faults = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0
         self._down = asyncio.Event()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -80,9 +81,9 @@ class Daemon:
             )
         )
         sockets = self._passed = notify.passed_sockets()
-        self._http = self._listen_http(sockets)
+        self._http = HttpSocket(settings.gateway.listen, sockets.get("http", -1)) if settings.gateway.enabled else None
         self.events = EventLog(first=int(time.time() * 1000))
-        programs = Programs(directories, settings, self._http.fileno() if self._http else -1)
+        programs = Programs(directories, settings, self._http)
         self.node = Node(
             directories.runtime, directories.logs, settings.logs.max_size, ProcessConfinement(),
             self.feed, self._warn, programs.program,
@@ -118,11 +119,16 @@ class Daemon:
     # -- life -----------------------------------------------------------------------------------------------
 
     async def start(self) -> list[str]:
-        """Adopt who lives, read the model files, and serve. Returns what is wrong with which file."""
+        """Adopt who lives, read the model files, and serve. Returns what is wrong with which file.
+
+        Raises DeclarationError when there is no listening on gateway.listen.
+        """
         self.node.open()
-        survivors = await asyncio.to_thread(self.node.find_survivors, lambda record: True)
+        survivors = await self.node.find_survivors()
         if self._http is not None:
-            self.feed(on.Apply(_NO_CALL, GATEWAY_SPEC))
+            if not any(event.spec.model == GATEWAY for event in survivors):
+                self._open_http(self._http)
+            self.feed(on.Apply(_NO_CALL, self.machine.overridden(gateway_spec(self._settings))))
         _, _, refused = await self.machine.reload()
         for event in survivors:
             self.feed(event)
@@ -201,9 +207,11 @@ class Daemon:
         # An early tick is harmless and cheaper than a new timer for each event.
         when = self._loop.time() + max(0.0, due - time.monotonic())
         if self._timer is not None:
-            if self._timer.when() <= when:
+            # Not the handle's own `when`: uvloop's for a moment that is now has none.
+            if self._timer_at <= when:
                 return
             self._timer.cancel()
+        self._timer_at = when
         self._timer = self._loop.call_at(when, self._tick)
 
     def _tick(self) -> None:
@@ -271,26 +279,14 @@ class Daemon:
             notify.notify("WATCHDOG=1")
             await asyncio.sleep(every_s)
 
-    def _listen_http(self, sockets: dict[str, int]) -> socket.socket | None:
-        gateway = self._settings.gateway
-        if not gateway.enabled:
-            return None
-        if "http" in sockets:
-            return socket.socket(fileno=sockets["http"])
+    def _open_http(self, http: HttpSocket) -> None:
         try:
-            return notify.listen_tcp(gateway.listen)
+            http.fileno()
         except OSError as error:
-            raise DeclarationError(
-                f"gateway.listen: cannot listen on {gateway.listen}: {error.strerror}; end whoever has that port, "
-                "or set another in llmosd.toml ([gateway] listen)"
-            ) from None
+            raise DeclarationError(str(error)) from None
 
     def _about(self) -> About:
         directories = self._directories
-        url = ""
-        if self._http is not None:
-            host, port = self._http.getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         return About(
             version=__version__,
             user=getpass.getuser(),
@@ -299,7 +295,7 @@ class Daemon:
             runtime_directory=directories.runtime,
             log_directory=directories.logs,
             bus_address=directories.front,
-            gateway_url=url,
+            gateway_url=self._http.url if self._http is not None else "",
         )
 
     def _spawn_task(self, coroutine: Any) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ import msgspec
 
 from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About, CheckRow, DeviceRow, Refused, Used
-from llmosd.declared import DeclarationError
+from llmosd.declared import DeclarationError, convert
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.spec import Limits, ModelSpec
-from llmosd.kernel.units import CpuSet, decode_quantity, encode_quantity
-from llmosd.modelfile import ModelDirectory, parse
+from llmosd.kernel.units import CpuSet, encode_quantity
+from llmosd.modelfile import ModelDirectory, parse, write_whole
 from llmosd.node import doctor
 from llmosd.node.confine import Unenforceable
 from llmosd.node.devices import Inventory, take_inventory
 from llmosd.node.node import Measured, Node
 from llmosd.programs import GATEWAY
+
+log = logging.getLogger("llmosd")
 
 
 class LocalMachine:
@@ -89,14 +92,19 @@ class LocalMachine:
 
     async def apply(self, text: str, file_name: str) -> do.Replied:
         try:
-            spec = parse(text, file_name)
-            self.check_limits(spec.limits)
+            spec = await asyncio.to_thread(parse, text, file_name)
         except DeclarationError as error:
             raise Refused("invalid", str(error)) from None
-        replied = await self.command(lambda call: on.Apply(call, spec))
-        self._override_path(spec.model).unlink(missing_ok=True)
+        self.check_limits(spec.limits)
         try:
-            self._files[spec.model] = await asyncio.to_thread(self._models.keep, spec, text)
+            path = await asyncio.to_thread(self._models.place, spec.model)
+        except DeclarationError as error:
+            raise Refused("refused", str(error)) from None
+        replied = await self.command(lambda call: on.Apply(call, spec))
+        self._files[spec.model] = path
+        try:
+            self._override_path(spec.model).unlink(missing_ok=True)
+            await asyncio.to_thread(self._models.keep, path, text)
         except OSError as error:
             message = f"model {spec.model} is in force, but its file cannot be kept in {self._models.path}: {error}"
             raise Refused("refused", message) from None
@@ -121,7 +129,7 @@ class LocalMachine:
         for name, (spec, path) in models.items():
             try:
                 self.check_limits(spec.limits)
-                await self.command(lambda call, spec=spec: on.Apply(call, self._overridden(spec)))  # type: ignore[misc]
+                await self.command(lambda call, spec=spec: on.Apply(call, self.overridden(spec)))  # type: ignore[misc]
                 self._files[name] = path
                 applied.append(name)
             except Refused as error:
@@ -149,23 +157,43 @@ class LocalMachine:
     def enforcement(self, limit: str) -> str:
         return self.node.confinement.enforcement(limit)
 
-    def keep_limits(self, model: str) -> None:
-        limits = next(view.spec.limits for view in self.kernel.models() if view.spec.model == model)
-        self._overrides.mkdir(exist_ok=True)
-        self._override_path(model).write_bytes(msgspec.json.encode(limits, enc_hook=encode_quantity))
+    def keep_limits(self, model: str, changes: Mapping[str, object]) -> None:
+        """Only what an operator changed: for the rest the model's file counts, and what is edited there."""
+        kept = self._kept_limits(model) | msgspec.to_builtins(changes, enc_hook=encode_quantity)
+        try:
+            self._overrides.mkdir(exist_ok=True)
+            write_whole(self._override_path(model), msgspec.json.encode(kept))
+        except OSError as error:
+            message = f"the limits of {model} are in force, but cannot be kept in {self._overrides}: {error}"
+            raise Refused("refused", message) from None
+
+    def overridden(self, spec: ModelSpec) -> ModelSpec:
+        """The spec with the limits that operators set after its file was written."""
+        kept = self._kept_limits(spec.model)
+        if not kept:
+            return spec
+        defaults = msgspec.structs.asdict(Limits())
+        try:
+            asked = convert({name: value for name, value in kept.items() if value is not None}, Limits, "limits")
+            values = {name: defaults[name] if value is None else getattr(asked, name) for name, value in kept.items()}
+            limits = msgspec.structs.replace(spec.limits, **values)
+            self.check_limits(limits)
+        except (DeclarationError, KeyError, Refused) as error:
+            log.warning("model %s: the limits that were set on it are left out: %s", spec.model, error)
+            return spec
+        return msgspec.structs.replace(spec, limits=limits)
+
+    def _kept_limits(self, model: str) -> dict[str, Any]:
+        try:
+            return msgspec.json.decode(self._override_path(model).read_bytes(), type=dict[str, Any])
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("model %s: the limits that were set on it cannot be read: %s", model, error)
+            return {}
 
     def _override_path(self, model: str) -> Path:
         return self._overrides / f"{model}.json"
-
-    def _overridden(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with the limits that an operator set after its file was written."""
-        try:
-            data = self._override_path(spec.model).read_bytes()
-            limits = msgspec.json.decode(data, type=Limits, dec_hook=decode_quantity)
-            self.check_limits(limits)
-        except (OSError, msgspec.DecodeError, Refused):
-            return spec
-        return msgspec.structs.replace(spec, limits=limits)
 
     # -- figures --------------------------------------------------------------------------------------------
 

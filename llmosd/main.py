@@ -62,7 +62,9 @@ def _run(directories: settings.Directories) -> int:
     # Written by a thread of its own: a terminal that stands still must not stop the daemon.
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     writer = logging.handlers.QueueListener(lines, notify.log_handler())
-    logging.basicConfig(level=read.logs.level.upper(), handlers=[logging.handlers.QueueHandler(lines)])
+    hand_over = logging.handlers.QueueHandler(lines)
+    hand_over.setFormatter(logging.Formatter("%(message)s"))  # the writer's handler adds time and level
+    logging.basicConfig(level=read.logs.level.upper(), handlers=[hand_over])
     writer.start()
     try:
         return uvloop.run(_serve(directories, read))
@@ -77,7 +79,12 @@ async def _serve(directories: settings.Directories, read: settings.Settings) -> 
         click.echo(f"llmosd: {error}", err=True)
         return 1
     try:
-        for line in await daemon.start():
+        try:
+            refused = await daemon.start()
+        except DeclarationError as error:
+            click.echo(f"llmosd: {error}", err=True)
+            return 1
+        for line in refused:
             log.error("refused: %s", line)
         about = daemon.machine.about
         log.info("llmosd %s serves %s%s", __version__, about.runtime_directory,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
-from llmosd.declared import DeclarationError, read_toml
+from llmosd.declared import DeclarationError, convert, read_toml
 from llmosd.kernel.spec import KERNEL_LIMITS, Limits, ModelSpec
-from llmosd.kernel.units import decode_quantity
+from llmosd.kernel.units import encode_quantity
 
 #: Names that the daemon keeps for its own services.
-RESERVED = frozenset({"gateway"})
+RESERVED: Final = frozenset({"gateway"})
+_WHOLE: Final = re.compile(r"-?[0-9]{1,19}")
 
 
 def parse(text: str, file: str) -> ModelSpec:
@@ -26,8 +29,15 @@ def parse(text: str, file: str) -> ModelSpec:
 def _problems(spec: ModelSpec) -> list[str]:
     """What is wrong with a file though each key is right."""
     problems = []
-    if spec.model in RESERVED:
-        problems.append(f"model: the name {spec.model!r} is kept for llmosd's own service")
+    # The pattern's `$` also matches before a final line break.
+    problems += [f"{name!r} ends with a line break" for name in (spec.model, *spec.aliases) if name.endswith("\n")]
+    if _has_nul(msgspec.to_builtins(spec, enc_hook=encode_quantity)):
+        problems.append("a text has a NUL character in it, which no argument, path or variable can have")
+    problems += [
+        f"{key}: the name {name!r} is kept for llmosd's own service"
+        for key, name in (("model", spec.model), *(("aliases", alias) for alias in spec.aliases))
+        if name in RESERVED
+    ]
     if spec.scale.max < spec.scale.min:
         problems.append(f"scale.max: {spec.scale.max} is less than scale.min, {spec.scale.min}")
     if spec.resources.gpu_memory and not spec.resources.gpus:
@@ -36,13 +46,19 @@ def _problems(spec: ModelSpec) -> list[str]:
     if limits.memory_max is not None and limits.memory_high is not None and limits.memory_high > limits.memory_max:
         problems.append("limits.memory_high: is over memory_max")
     problems += [
-        f"engine.env: {name!r} cannot be in an environment"
-        for name, value in spec.engine.env.items()
-        if not name or "=" in name or "\0" in name + value
+        f"engine.env: {name!r} cannot be in an environment" for name in spec.engine.env if not name or "=" in name
     ]
     if spec.aliases and spec.model in spec.aliases:
         problems.append(f"aliases: {spec.model!r} is the model's own name")
     return problems
+
+
+def _has_nul(value: object) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any(_has_nul(part) for pair in value.items() for part in pair)
+    return isinstance(value, list | tuple) and any(map(_has_nul, value))
 
 
 def parse_limits(changes: dict[str, str]) -> dict[str, object]:
@@ -50,29 +66,17 @@ def parse_limits(changes: dict[str, str]) -> dict[str, object]:
 
     Raises DeclarationError.
     """
-    known = {field.name: field.type for field in msgspec.structs.fields(Limits)}
+    defaults = Limits()
     parsed: dict[str, object] = {}
     for name, text in changes.items():
-        if name not in known:
-            # Through the same road as a file, for the same words.
-            read_toml(f"{name} = 0" if name.isidentifier() else "unknown = 0", Limits, "limits")
-            raise DeclarationError(f"limits: unknown limit {name!r}")
-        if text == "" and name not in KERNEL_LIMITS:
-            parsed[name] = None
-        elif text == "":
-            parsed[name] = getattr(Limits(), name)
-        else:
-            parsed[name] = _parse_value(name, text)
+        value: object = int(text) if _WHOLE.fullmatch(text) else text
+        given = {} if text == "" and name in Limits.__struct_fields__ else {name: value}
+        # Through the same door as a file, for the same words.
+        limits = convert(given, Limits, "limits")
+        parsed[name] = (
+            None if text == "" and name not in KERNEL_LIMITS else getattr(limits if given else defaults, name)
+        )
     return parsed
-
-
-def _parse_value(name: str, text: str) -> object:
-    value: object = int(text) if text.lstrip("-").isdigit() and len(text) < 20 else text
-    try:
-        return getattr(msgspec.convert({name: value}, Limits, dec_hook=decode_quantity), name)
-    except msgspec.ValidationError as error:
-        message = str(error).partition(" - at `$")[0]
-        raise DeclarationError(f"limits: {name}: {message[:1].lower() + message[1:]}") from None
 
 
 class ModelDirectory:
@@ -100,17 +104,20 @@ class ModelDirectory:
                 models[spec.model] = (spec, path)
         return models, refused
 
-    def keep(self, spec: ModelSpec, text: str) -> Path:
-        """Write a model's file, whole or not at all. Raises OSError."""
+    def place(self, model: str) -> Path:
+        """Where a model's file is, or would be. Raises DeclarationError when another model's file has that name."""
         known, _ = self.read_all()
-        path = known[spec.model][1] if spec.model in known else self.path / f"{spec.model}.toml"
-        self.path.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(text)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
+        if model in known:
+            return known[model][1]
+        path = self.path / f"{model}.toml"
+        if owner := next((name for name, (_, file) in known.items() if file == path), None):
+            raise DeclarationError(f"{path} is the file of model {owner!r}: give it another name first")
         return path
+
+    def keep(self, path: Path, text: str) -> None:
+        """Write a model's file, whole or not at all. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
 
     def remove(self, name: str) -> bool:
         """Delete a model's file. False: there is none. Raises OSError."""
@@ -119,3 +126,13 @@ class ModelDirectory:
             return False
         known[name][1].unlink()
         return True
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one. Raises OSError."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

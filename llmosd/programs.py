@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Final
 
 from llmosd.gateway.config import GatewayConfig
@@ -14,6 +15,7 @@ from llmosd.kernel import effects as do
 from llmosd.kernel.spec import Command, ModelSpec, Restart, Scale, Timeouts
 from llmosd.kernel.units import Seconds
 from llmosd.launch.gate import FIRST_GRANT, Order, inherited_environment
+from llmosd.listen import HttpSocket
 from llmosd.node.confine import Confinement, LaunchSettings
 from llmosd.node.groups import MARK
 from llmosd.node.life import Birth, Program
@@ -21,31 +23,36 @@ from llmosd.settings import Directories, Settings
 from llmosd.worker.config import HostConfig, encode
 
 GATEWAY: Final = "gateway"
+#: -P: modules come from where they were installed, never from the directory a worker runs in.
+_PYTHON: Final = (sys.executable, "-P")
 #: How much sooner the OOM killer takes an engine than its host, which has to tell what happened.
 ENGINE_OOM_SCORE: Final = 500
 
-#: The gateway's own model file, so to speak.
-GATEWAY_SPEC: Final = ModelSpec(
-    model=GATEWAY,
-    kind="service",
-    engine=Command(command=(GATEWAY,)),
-    scale=Scale(min=1, max=1),
-    restart=Restart(policy="always", delay=Seconds(0.1), delay_max=Seconds(10), burst=0),
-    timeouts=Timeouts(stop=Seconds(5)),
-)
+
+def gateway_spec(settings: Settings) -> ModelSpec:
+    """The gateway's own model file, so to speak. It has in it what its process is made from, so that a gateway of an
+    earlier daemon with other settings does not go on."""
+    made_from = (settings.gateway.listen, settings.gateway.api_keys_file, str(int(settings.scheduler.body_max)))
+    return ModelSpec(
+        model=GATEWAY,
+        kind="service",
+        engine=Command(command=(GATEWAY,), args=made_from),
+        scale=Scale(min=1, max=1),
+        restart=Restart(policy="always", delay=Seconds(0.1), delay_max=Seconds(10), burst=0),
+        timeouts=Timeouts(stop=Seconds(5)),
+    )
 
 
 class Programs:
     """Makes the program of each worker that is spawned."""
 
-    def __init__(self, directories: Directories, settings: Settings, http_fd: int) -> None:
-        """`http_fd`: the gateway's listening socket, -1 where there is none."""
+    def __init__(self, directories: Directories, settings: Settings, http: HttpSocket | None) -> None:
         self._directories = directories
         self._settings = settings
-        self._http_fd = http_fd
+        self._http = http
 
     def program(self, effect: do.Spawn, birth: Birth, confinement: Confinement) -> Program:
-        """Raises ValueError with what is wrong for good."""
+        """Raises OSError or ValueError with what is wrong for good."""
         spec = effect.spec
         launch = confinement.launch_settings(effect.limits)
         marks = {MARK: birth.mark}
@@ -64,16 +71,18 @@ class Programs:
             listen_fd=FIRST_GRANT + 1,
             api_keys_file=gateway.api_keys_file,
             body_max=self._settings.scheduler.body_max,
+            orphan_timeout=float(self._settings.node.orphan_timeout),
         )
-        argv = (sys.executable, "-m", "llmosd.gateway")
+        argv = (*_PYTHON, "-m", "llmosd.gateway")
         order = _order(launch, argv, inherited_environment(marks), keep=(FIRST_GRANT, FIRST_GRANT + 1))
-        return Program(order, encode(config), (self._http_fd,))
+        assert self._http is not None, "no gateway is declared where there is no socket for it"
+        return Program(order, encode(config), (self._http.fileno(),))
 
     def _host(self, effect: do.Spawn, birth: Birth, launch: LaunchSettings, marks: dict[str, str]) -> Program:
         spec, limits = effect.spec, effect.limits
         threads = max(1, effect.grant.millicpus // 1000) if effect.grant.millicpus else _cpus(launch)
-        base = launch.oom_score_adj
-        engine_oom = min(1000, (base or 0) + ENGINE_OOM_SCORE)
+        base = _own_oom_score_adj() if launch.oom_score_adj is None else launch.oom_score_adj
+        engine_oom = min(1000, base + ENGINE_OOM_SCORE)
         config = HostConfig(
             worker=effect.worker,
             model=spec.model,
@@ -94,7 +103,7 @@ class Programs:
             orphan_timeout=float(self._settings.node.orphan_timeout),
         )
         env = inherited_environment({**marks, **_visible_gpus(effect)})
-        argv = (sys.executable, "-m", "llmosd.worker")
+        argv = (*_PYTHON, "-m", "llmosd.worker")
         return Program(_order(launch, argv, env, keep=(FIRST_GRANT,)), encode(config))
 
 
@@ -117,6 +126,11 @@ def _order(launch: LaunchSettings, argv: tuple[str, ...], env: dict[str, str], k
 def _visible_gpus(effect: do.Spawn) -> dict[str, str]:
     """Only the granted GPUs, by UUID; an empty list hides all (CUDA C++ Programming Guide, CUDA_VISIBLE_DEVICES)."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(effect.grant.gpus)}
+
+
+def _own_oom_score_adj() -> int:
+    """What a child of ours has that is not given another value."""
+    return int(Path("/proc/self/oom_score_adj").read_text())
 
 
 def _cpus(launch: LaunchSettings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -130,10 +131,19 @@ def read(path: Path) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise DeclarationError(f"{path}: cannot be read: {error}") from None
     settings = read_toml(text, Settings, str(path))
-    host = settings.gateway.listen.rpartition(":")[0].strip("[]")
-    if host != "localhost" and host != "::1" and not host.startswith("127."):
+    host, _, port = settings.gateway.listen.rpartition(":")
+    if int(port) > 65535:
+        raise DeclarationError(f"{path}: gateway.listen: {port} is no port; they go to 65535")
+    if not _is_of_this_machine(host.strip("[]")):
         raise DeclarationError(
             f"{path}: gateway.listen: {host} can be reached from outside this machine, which needs TLS and tokens; "
             "listen on 127.0.0.1, and put a proxy with TLS in front"
         )
     return settings
+
+
+def _is_of_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name: whoever answers for it may change it

@@ -54,7 +54,6 @@ class Stream:
         self._bus = bus
         self._items: deque[bytes] = deque()
         self._ended: protocol.Ended | None = None
-        self._cancelled: str | None = None
         self._news = asyncio.Event()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -86,7 +85,6 @@ class Stream:
     def cancel(self, reason: str = "") -> None:
         """Ask for an early end. It still ends with a final: CANCELLED, or DONE when that was faster."""
         if self._ended is None:
-            self._cancelled = reason
             self._bus._cancel(self.rid, reason)
 
     def close(self, reason: str = "its reader has gone") -> None:
@@ -120,12 +118,6 @@ class Stream:
             self._end(event)
         else:
             self.accepted, self.position = True, event.position
-            # Perhaps a restarted daemon took it on again, which has not heard of a cancellation.
-            self._reconnected()
-
-    def _reconnected(self) -> None:
-        if self._cancelled is not None and self._ended is None:
-            self._bus._protocol.cancel(self.rid, self._cancelled)
 
     def _end(self, ended: protocol.Ended) -> None:
         self._ended = ended
@@ -154,7 +146,9 @@ class AsyncBus:
         self._protocol = protocol.ClientProtocol(identity, lambda: os.urandom(f.REQUEST_ID_BYTES))
         self._streams: WeakValueDictionary[bytes, Stream] = WeakValueDictionary()
         self._welcomed = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        #: Its own due time is kept here: uvloop gives a plain Handle, without one, for what is due at once.
+        self._timer: asyncio.Handle | None = None
+        self._timer_due = 0.0
         self._dealer: Dealer | None = None
 
     async def open(self, timeout: float = 5.0) -> None:
@@ -199,6 +193,11 @@ class AsyncBus:
     def welcome(self) -> f.Welcome | None:
         """What the daemon last said of itself and its bounds."""
         return self._protocol.welcome
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a daemon at the other end just now."""
+        return self._dealer is not None and self._dealer.connected
 
     @property
     def open_requests(self) -> int:
@@ -287,8 +286,6 @@ class AsyncBus:
     def _on_connected(self) -> None:
         """A handshake succeeded, with a daemon that may be a new one."""
         self._protocol.connected(time.monotonic())
-        for stream in self._streams.values():
-            stream._reconnected()
         self._flush()
 
     def _on_messages(self, messages: list[list[bytes]]) -> None:
@@ -312,9 +309,10 @@ class AsyncBus:
         delay = max(0.0, due - time.monotonic())
         if self._timer is not None:
             # An early tick is harmless and cheaper than a new timer for each message.
-            if self._timer.when() <= self._loop.time() + delay:
+            if self._timer_due <= due:
                 return
             self._timer.cancel()
+        self._timer_due = due
         self._timer = self._loop.call_later(delay, self._tick)
 
     def _tick(self) -> None:

@@ -13,6 +13,8 @@ from typing import Final
 
 import zmq
 
+from llmos.multipart import receive_parts, send_parts
+
 #: Messages received in one go before other callbacks of the loop have their turn.
 BATCH_MESSAGES: Final = 256
 #: Milliseconds between attempts to connect: a restarting daemon is away for about a second.
@@ -72,7 +74,7 @@ class Dealer:
             return
         try:
             for message in messages:
-                self._socket.send_multipart(message, zmq.NOBLOCK)
+                send_parts(self._socket, message)
         except zmq.Again:
             pass  # Nobody is connected: the next HELLO makes up for all of it.
         messages.clear()
@@ -100,7 +102,8 @@ class Dealer:
         messages: list[list[bytes]] = []
         try:
             while len(messages) < BATCH_MESSAGES:
-                messages.append(self._socket.recv_multipart(zmq.NOBLOCK))
+                first, rest = receive_parts(self._socket)
+                messages.append([first.bytes, *rest])
         except zmq.Again:
             pass
         else:

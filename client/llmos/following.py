@@ -13,6 +13,7 @@ from llmos.types import Worker
 OVERLAP_LINES: Final = 100
 #: States from which a worker that is awaited will not come by itself.
 DEAD_ENDS: Final = frozenset({"failed", "unkillable"})
+_ENDS: Final = {"failed": "has failed", "backoff": "ended and will be tried again", "stopped": "has stopped"}
 
 
 def arrived(
@@ -35,7 +36,8 @@ def arrived(
             there = False
             if worker.state in dead_ends:
                 why = f": {worker.why}" if worker.why else ""
-                message = f"{worker.name} is {worker.state}{why}. See `llmos logs {worker.name}`."
+                end = _ENDS.get(worker.state, f"is {worker.state}")
+                message = f"{worker.name} {end}{why}. See `llmos logs {worker.name}`."
                 raise WorkerFailed(message, worker.name, worker.state)
     return there
 

@@ -14,6 +14,7 @@ from typing import Final
 
 import zmq
 
+from llmos.multipart import receive_parts, send_parts
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 
@@ -73,7 +74,7 @@ class Router:
         first = f.FIRST_FRAME[effect.kind]
         raw = header if isinstance(header, bytes) else f.encode_header(header)
         try:
-            self._socket.send_multipart([effect.peer, first, effect.rid, raw, *effect.payload], zmq.NOBLOCK, copy=True)
+            send_parts(self._socket, [effect.peer, first, effect.rid, raw, *effect.payload])
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
@@ -97,17 +98,15 @@ class Router:
 
     def _readable(self) -> None:
         self._again = False
-        receive, known, table = self._socket.recv, self._known, self._table
+        socket, known, table = self._socket, self._known, self._table
         for _ in range(BATCH_MESSAGES):
             try:
-                # The first part as a Frame: it alone tells whose process the peer is.
-                first = receive(zmq.NOBLOCK, copy=False)
+                first, parts = receive_parts(socket)
             except zmq.Again:
                 break
-            parts = self._socket.recv_multipart() if first.more else []
             peer = first.bytes
-            if peer not in known:
-                self._introduce(peer, first)
+            if peer not in known and self._on_new_peer is not None:
+                self._introduce(peer, first, self._on_new_peer)
             try:
                 message = f.decode(table, parts)
             except f.FrameError as error:
@@ -120,14 +119,12 @@ class Router:
             return
         self.resume()
 
-    def _introduce(self, peer: bytes, frame: zmq.Frame) -> None:
+    def _introduce(self, peer: bytes, frame: zmq.Frame, on_new_peer: Callable[[bytes, int, int], None]) -> None:
         self._known.add(peer)
-        if self._on_new_peer is None:
-            return
         try:
             # On ipc: "localhost:UID:GID:PID", from SO_PEERCRED (libzmq, stream_engine_base.cpp).
             _, uid, _, pid = str(frame.get("Peer-Address")).split(":")
-            self._on_new_peer(peer, int(uid), int(pid))
+            on_new_peer(peer, int(uid), int(pid))
         except (zmq.ZMQError, ValueError):
             self.counts["unidentified"] += 1
 

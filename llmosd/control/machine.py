@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -96,8 +96,8 @@ class Machine(Protocol):
     async def reload(self) -> tuple[list[str], list[str], list[str]]:
         """Read the model files again: (applied, removed, refused)."""
 
-    def keep_limits(self, model: str) -> None:
-        """Remember a model's limits over a restart of the daemon."""
+    def keep_limits(self, model: str, changes: Mapping[str, object]) -> None:
+        """Remember what was changed of a model's limits over a restart of the daemon. Raises Refused."""
 
     def used(self, worker: str) -> Used: ...
 

@@ -27,7 +27,7 @@ class ControlServer:
         control_pb2_grpc.add_ControlServicer_to_server(  # type: ignore[no-untyped-call]  # generated
             ControlService(machine), self._server
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # only where asyncio is
+        self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (
             control_pb2.DESCRIPTOR.services_by_name["Control"].full_name,

@@ -126,9 +126,9 @@ class ControlService(pb_grpc.ControlServicer):
         views = [view for view in kernel.workers() if not name or name == view.name or model == view.model]
         return sorted((view for view in views if every or view.state != "stopped"), key=lambda view: view.name)
 
-    async def _check_name(self, context: Any, name: str) -> None:
+    async def _check_name(self, context: Any, name: str, *, required: bool = False) -> None:
         fleet = self._machine.kernel.fleet
-        if name and name not in fleet.workers and fleet.names.get(name, name) not in fleet.models:
+        if (name or required) and name not in fleet.workers and fleet.names.get(name, name) not in fleet.models:
             await self._no_such(context, name)
 
     async def _no_such(self, context: Any, name: str) -> NoReturn:
@@ -186,7 +186,7 @@ class ControlService(pb_grpc.ControlServicer):
     # -- limits ---------------------------------------------------------------------------------------------
 
     async def GetLimits(self, request: pb.NameRequest, context: Any) -> pb.GetLimitsResponse:  # noqa: N802
-        await self._check_name(context, request.name)
+        await self._check_name(context, request.name, required=True)
         machine = self._machine
         fleet = machine.kernel.fleet
         views = [view for view in self._workers(request.name, every=True) if view.pid]
@@ -207,20 +207,20 @@ class ControlService(pb_grpc.ControlServicer):
         return pb.GetLimitsResponse(limits=rows)
 
     async def SetLimits(self, request: pb.SetLimitsRequest, context: Any) -> pb.GetLimitsResponse:  # noqa: N802
-        await self._check_name(context, request.name)
+        await self._check_name(context, request.name, required=True)
         machine = self._machine
         try:
             changes = parse_limits(dict(request.limits))
             asked = {name: value for name, value in changes.items() if value is not None}
             machine.check_limits(Limits(**asked))  # type: ignore[arg-type]  # parse_limits checked the types
             await machine.command(lambda call: on.SetLimits(call, request.name, changes))
+            fleet = machine.kernel.fleet
+            if request.name not in fleet.workers:
+                machine.keep_limits(fleet.names.get(request.name, request.name), changes)
         except DeclarationError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except Refused as refused:
             await _abort(context, refused)
-        fleet = machine.kernel.fleet
-        if request.name not in fleet.workers:
-            machine.keep_limits(fleet.names.get(request.name, request.name))
         return await self.GetLimits(pb.NameRequest(name=request.name), context)
 
     # -- requests, logs, events -----------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class ControlService(pb_grpc.ControlServicer):
         fleet = self._machine.kernel.fleet
         name = request.worker
         if name not in fleet.workers:
-            await self._check_name(context, name or "(none)")
+            await self._check_name(context, name, required=True)
             workers = sorted(fleet.models[fleet.names.get(name, name)].workers)
             if not workers:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no worker of {name} has run yet")

@@ -12,3 +12,5 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     listen_fd: int
     api_keys_file: str
     body_max: int
+    #: Without a daemon for this long it ends, in seconds.
+    orphan_timeout: float

@@ -28,12 +28,22 @@ _STATUS: Final[dict[str, tuple[int, str]]] = {
 _CODES: Final[dict[str, str]] = {f.Code.NOT_FOUND: "model_not_found", f.Code.QUEUE_FULL: "rate_limit_exceeded"}
 
 
-def error_body(message: str, kind: str, code: str | None) -> bytes:
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
+def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> bytes:
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
-def error(status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None) -> web.Response:
-    return web.Response(status=status, body=error_body(message, kind, code), content_type="application/json")
+def error(
+    status: int,
+    message: str,
+    *,
+    kind: str = "invalid_request_error",
+    code: str | None = None,
+    param: str | None = None,
+    allow: str = "",
+) -> web.Response:
+    """`allow`: the methods that are taken, for 405."""
+    headers = {"Content-Type": "application/json"} | ({"Allow": allow} if allow else {})
+    return web.Response(status=status, body=error_body(message, kind, code, param), headers=headers)
 
 
 def failed(final: f.Failed, payload: bytes) -> web.Response:
@@ -45,6 +55,9 @@ def failed(final: f.Failed, payload: bytes) -> web.Response:
         return web.Response(status=status, body=payload, content_type="application/json")
     code = _CODES.get(final.code, final.code)
     response = error(status, final.message, kind=kind, code=code)
+    if final.code == f.Code.DEADLINE_EXCEEDED:
+        # OpenAI's client would ask again otherwise, and wait as long again.
+        response.headers["X-Should-Retry"] = "false"
     if final.retry_after_ms:
         response.headers["Retry-After"] = str(math.ceil(final.retry_after_ms / 1000))
     return response

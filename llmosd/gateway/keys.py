@@ -5,6 +5,8 @@ from __future__ import annotations
 import hmac
 from pathlib import Path
 
+from llmos.protocol.frames import NAME_CHARS_MAX
+
 
 class Keys:
     """The keys of one file. No file: everybody is welcome, and accounted to nobody in particular."""
@@ -15,14 +17,16 @@ class Keys:
         self.required = bool(path)
         if not path:
             return
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
             words = line.partition("#")[0].strip()
             if not words:
                 continue
             tenant, colon, key = words.rpartition(":")
             if not key or (colon and not tenant):
                 raise ValueError(f"{path}, line {number}: expected `key` or `tenant:key`")
-            self._tenants[key.encode()] = tenant or "api"
+            if len(tenant) > NAME_CHARS_MAX:
+                raise ValueError(f"{path}, line {number}: a tenant's name has at most {NAME_CHARS_MAX} characters")
+            self._tenants[key.strip().encode()] = tenant.strip() or "api"
         if not self._tenants:
             raise ValueError(f"{path} has no key in it: nobody could use the API")
 
@@ -34,6 +38,6 @@ class Keys:
         found = None
         # Every key is compared, in constant time each: how long it takes tells nothing.
         for key, tenant in self._tenants.items():
-            if hmac.compare_digest(key, given.strip().encode()):
+            if hmac.compare_digest(key, given.strip().encode("utf-8", "surrogateescape")):
                 found = tenant
         return found

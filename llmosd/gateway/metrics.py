@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,9 +13,10 @@ from llmos.types import Status, Worker
 class _Snapshot:
     """One look, as a collector."""
 
-    def __init__(self, status: Status, workers: tuple[Worker, ...]) -> None:
+    def __init__(self, status: Status, workers: tuple[Worker, ...], answers: Mapping[int, int]) -> None:
         self._status = status
         self._workers = workers
+        self._answers = answers
 
     def collect(self) -> Iterable[Metric]:
         status = self._status
@@ -26,6 +27,10 @@ class _Snapshot:
         for name, count in sorted(status.counters.items()):
             counts.add_metric([name], count)
         yield counts
+        answers = CounterMetricFamily("llmos_http_answers", "What this gateway answered, by status.", labels=["status"])
+        for code, count in sorted(self._answers.items()):
+            answers.add_metric([str(code)], count)
+        yield answers
         gauges = (
             ("llmos_worker_up", "1 while the worker takes requests.", lambda worker: float(worker.state == "ready")),
             ("llmos_worker_slots", "Requests it runs at once.", lambda worker: worker.slots),
@@ -44,8 +49,8 @@ class _Snapshot:
         yield restarts
 
 
-def render(status: Status, workers: tuple[Worker, ...]) -> bytes:
-    """The text of /metrics."""
+def render(status: Status, workers: tuple[Worker, ...], answers: Mapping[int, int]) -> bytes:
+    """The text of /metrics. `answers`: how many this gateway gave, by HTTP status."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(status, workers))
+    registry.register(_Snapshot(status, workers, answers))
     return generate_latest(registry)

@@ -1,6 +1,7 @@
-"""Which idle workers must go so that another fits. Pure.
+"""Which idle workers must go so that another fits. Pure; for the kernel.
 
-Least recently used first, and only workers that nobody uses: a busy one is never evicted for an equal.
+Least recently used first, and only workers that run nothing: a busy one is never evicted for an equal. Those that
+still keep answers for slow readers come last, for stopping them waits for the readers, within the drain timeout.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from llmosd.kernel.spec import Resources
 from llmosd.kernel.worker import Worker
 
 
-def victims(ledger: Ledger, idle: Iterable[Worker], want: Resources) -> list[Worker]:
-    """Of `idle`, the workers to stop so that `want` fits; none if even all of them would not do."""
+def victims(ledger: Ledger, leaving: Iterable[Worker], idle: Iterable[Worker], want: Resources) -> list[Worker]:
+    """Of `idle`, the workers to stop so that `want` fits once those `leaving` are gone too.
+
+    None if what leaves is enough, and none if even all of them would not do.
+    """
     trial = ledger.copy()
+    for worker in leaving:
+        trial.release(worker.name)
     chosen: list[Worker] = []
-    for worker in sorted(idle, key=lambda worker: worker.idle_since):
+    for worker in sorted(idle, key=lambda worker: (bool(worker.requests), worker.idle_since)):
+        if trial.fits(want):
+            return chosen
         trial.release(worker.name)
         chosen.append(worker)
-        if not isinstance(trial.reserve("", want), str):
-            return chosen
-    return []
+    return chosen if trial.fits(want) else []

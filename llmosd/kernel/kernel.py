@@ -13,12 +13,16 @@ from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel import views
+from llmosd.kernel.demand import Demand
 from llmosd.kernel.fleet import Fleet
 from llmosd.kernel.lifecycle import COMING
-from llmosd.kernel.operators import Operators, Refusal
+from llmosd.kernel.operators import CommandError, Operators
 from llmosd.kernel.params import Params
+from llmosd.kernel.recovery import Recovery
 from llmosd.kernel.requests import Request, RequestState
 from llmosd.kernel.routing import Routing
+from llmosd.kernel.supervisor import Supervisor
+from llmosd.kernel.table import Table
 from llmosd.kernel.timers import Timers
 from llmosd.kernel.worker import Worker
 
@@ -30,12 +34,15 @@ class Kernel:
         self.params = params
         self._out: list[do.Effect] = []
         self._timers = Timers()
-        self.fleet = Fleet(params, self._out, self._timers)
-        self.routing = Routing(params, self.fleet, self._out, self._timers)
-        self.operators = Operators(self.fleet, self.routing, self._out)
-        self.fleet.on_lost = self.routing.lose
-        self.fleet.on_change = self.routing.dispatch
-        fleet, routing = self.fleet, self.routing
+        out, timers = self._out, self._timers
+        self.fleet = fleet = Fleet(params, out, timers)
+        self.table = Table(params, fleet, out, timers)
+        demand = Demand(fleet)
+        self._recovery = Recovery(params, fleet, self.table, out)
+        self.routing = routing = Routing(params, fleet, demand, self.table, self._recovery, out, timers)
+        self._supervisor = supervisor = Supervisor(fleet, demand, out, timers)
+        self.operators = Operators(fleet, demand, self.table, routing, out)
+        fleet.on_lost = self._recovery.lose
         self._handlers: dict[type[on.Event], Callable[[Any, float], object]] = {
             on.Tick: lambda event, now: None,
             on.ClientSaid: self._client_said,
@@ -43,13 +50,13 @@ class Kernel:
             on.ClientLost: lambda event, now: routing.client_lost(event.peer, event.why, now),
             on.ClientUnreachable: lambda event, now: routing.client_unreachable(event.peer, now),
             on.WorkerSaid: self._worker_said,
-            on.Spawned: fleet.spawned,
-            on.SpawnFailed: fleet.spawn_failed,
-            on.Adopted: fleet.adopted,
-            on.Exited: fleet.exited,
-            on.Emptied: fleet.emptied,
-            on.OverLimit: fleet.over_limit,
-            on.Counted: fleet.counted,
+            on.Spawned: supervisor.spawned,
+            on.SpawnFailed: supervisor.spawn_failed,
+            on.Adopted: supervisor.adopted,
+            on.Exited: supervisor.exited,
+            on.Emptied: supervisor.emptied,
+            on.OverLimit: supervisor.over_limit,
+            on.Counted: supervisor.counted,
             on.ShutDown: lambda event, now: self.operators.shut_down(now),
             **{kind: self._commanded(command) for kind, command in self._commands().items()},
         }
@@ -57,9 +64,16 @@ class Kernel:
     def handle(self, event: on.Event, now: float) -> list[do.Effect]:
         """What is to be done about `event`, and about every deadline that passed by `now`."""
         self._handlers[type(event)](event, now)
-        while (key := self._timers.pop_due(now)) is not None:
-            self._due(key, now)
-        effects, self._out[:] = self._out[:], []
+        changed, timers = self.fleet.changed, self._timers
+        while True:
+            if changed:
+                self.routing.settle(now)
+            elif (key := timers.pop_due(now)) is not None:
+                self._due(key, now)
+            else:
+                break
+        effects = self._out[:]
+        self._out.clear()
         return effects
 
     def deadline(self) -> float | None:
@@ -79,7 +93,7 @@ class Kernel:
             routing.submit(peer, rid, header, payload, now)
         elif kind is f.Kind.CANCEL:
             assert isinstance(header, f.Cancel)
-            if (request := routing.requests.get(rid)) is not None and request.peer == peer:
+            if (request := self.table.requests.get(rid)) is not None and request.peer == peer:
                 routing.cancel(rid, "", now)
         elif isinstance(header, f.ClientHello):
             routing.hello(peer, header, now)
@@ -93,18 +107,18 @@ class Kernel:
         worker = self.fleet.by_peer.get(peer)
         header = message.header
         if worker is None or (isinstance(header, f.WorkerHello) and header.token != worker.token):
-            self.routing.counts["unknown_worker"] += 1
+            self.table.counts["unknown_worker"] += 1
             return
         worker.heard_at = now
         if isinstance(header, f.WorkerHello):
             p = self.params
             welcome = f.Welcome(p.epoch, p.body_max, p.window, p.answer_max)
             self._out.append(do.ToWorker(peer, f.Kind.WELCOME, b"", welcome))
-            self.routing.reconcile(worker, header, now)
-            self.fleet.phase(worker, header.phase, -1.0, "", now)
+            self._recovery.reconcile(worker, header, now)
+            self._supervisor.hello(worker, header, now)
         elif isinstance(header, f.Status):
             worker.engine_pid = header.engine_pid or worker.engine_pid
-            self.fleet.phase(worker, header.phase, header.progress, header.detail, now)
+            self._supervisor.phase(worker, header.phase, header.progress, header.detail, now)
         else:
             self.routing.worker_said(worker, message, now)
 
@@ -128,7 +142,7 @@ class Kernel:
             try:
                 workers = tuple(worker.name for worker in command(event, now))
                 self._out.append(do.Replied(event.call, workers=workers))
-            except Refusal as refusal:
+            except CommandError as refusal:
                 self._out.append(do.Replied(event.call, refusal.code, str(refusal)))
 
         return run
@@ -136,13 +150,14 @@ class Kernel:
     # -- time -----------------------------------------------------------------------------------------------
 
     def _due(self, key: Any, now: float) -> None:
+        if isinstance(key, bytes):
+            self.routing.due(key, now)
+            return
         what, subject = key
-        if what == "expire":
-            self.routing.expired(subject, now)
-        elif what == "linger":
-            self.routing.lingered(subject, now)
+        if what == "away":
+            self.routing.away(subject, now)
         else:
-            self.fleet.due(what, subject, now)
+            self._supervisor.due(what, subject, now)
 
     # -- reads ----------------------------------------------------------------------------------------------
 
@@ -168,7 +183,7 @@ class Kernel:
         ]
 
     def requests(self) -> list[views.RequestView]:
-        return [self._request_view(request) for request in self.routing.requests.values()]
+        return [self._request_view(request) for request in self.table.requests.values()]
 
     def _request_view(self, request: Request) -> views.RequestView:
         state = request.state
@@ -200,4 +215,4 @@ class Kernel:
         return views.LedgerView(self.fleet.ledger.capacity, self.fleet.ledger.free())
 
     def counters(self) -> dict[str, int]:
-        return dict(self.routing.counts)
+        return dict(self.table.counts)

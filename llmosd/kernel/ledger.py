@@ -48,7 +48,8 @@ class Ledger:
         if millicpus > free.millicpus:
             return f"needs {want.cpus:g} CPUs; {free.millicpus / 1000:g} of {self.capacity.millicpus / 1000:g} are free"
         if want.memory > free.memory_bytes:
-            return f"needs {want.memory} of memory; {Bytes(free.memory_bytes)} of {Bytes(self.capacity.memory_bytes)} is free"
+            left, total = Bytes(max(0, free.memory_bytes)), Bytes(self.capacity.memory_bytes)
+            return f"needs {want.memory} of memory; {left} of {total} is free"
         gpus: dict[str, int] = {}
         if want.gpu_memory and want.gpus:
             share = -(-want.gpu_memory // want.gpus)
@@ -59,6 +60,11 @@ class Ledger:
             gpus = dict.fromkeys(chosen, share)
         grant = self._grants[owner] = Grant(millicpus, int(want.memory), gpus)
         return grant
+
+    def fits(self, want: Resources) -> bool:
+        """Whether all of `want` could be reserved now."""
+        trial = self.copy()
+        return not isinstance(trial.reserve("", want), str)
 
     def restore(self, owner: str, grant: Grant) -> None:
         """Take over the reservation of a worker that was alive before the daemon was."""
@@ -78,7 +84,7 @@ class Ledger:
 
     def could_ever_fit(self, want: Resources) -> str | None:
         """None if an empty machine could hold `want`, else the reason why not."""
-        answer = Ledger(self.capacity).reserve("", want)
+        answer = Ledger(self.capacity, self.placement).reserve("", want)
         return answer if isinstance(answer, str) else None
 
     def free(self) -> Capacity:

@@ -1,12 +1,14 @@
 """The life of a worker: everything that affects its state is in this file.
 
-`TABLE` maps state × trigger to the next state and the actions to take; `step` looks it up. A pair that is not in the
+`TABLE` maps state and trigger to the next state and the actions to take; `step` looks it up. A pair that is not in the
 table cannot happen: `step` returns None and the caller refuses the command, or counts an event that came too late.
 Nothing decides a transition elsewhere: the kernel decides only which trigger an event amounts to (for example that
 an exit is to be retried, which is `restart.py`'s to say), and carries the actions out.
 
 A worker is down only when its process group is empty. So an EXITED leads to `stopping`, which kills what is left of
-the group, and only the verdict on an empty group (ENDED, RETRY or GAVE_UP) leads out of it.
+the group, and only the verdict on an empty group (ENDED, RETRY or GAVE_UP) leads out of it. Its requests are given
+away then and not before, so that no two workers are ever at work on one request; only of a group that is killed and
+still there they are given away at once, for no instruction of it will ever run again.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ class Action(enum.StrEnum):
 
 
 S, T, A = State, Trigger, Action
-_DOWN: Final = (A.RELEASE,)
-_GONE: Final = (A.LOSE_REQUESTS, A.KILL)
+_DOWN: Final = (A.LOSE_REQUESTS, A.RELEASE)
+_AGAIN: Final = (A.LOSE_REQUESTS, A.RELEASE, A.SCHEDULE_RESTART)
 
 TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
     S.STOPPED: {
@@ -87,10 +89,10 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
         T.LOADED: (S.READY, (A.DISPATCH,)),
         T.STOP: (S.STOPPING, (A.TERM,)),
         T.DRAIN: (S.STOPPING, (A.TERM,)),
-        T.TIMEOUT: (S.STOPPING, _GONE),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.TIMEOUT: (S.STOPPING, (A.KILL,)),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
         T.ENDED: (S.STOPPED, _DOWN),
-        T.RETRY: (S.BACKOFF, (A.RELEASE, A.SCHEDULE_RESTART)),
+        T.RETRY: (S.BACKOFF, _AGAIN),
         T.GAVE_UP: (S.FAILED, _DOWN),
     },
     S.LOADING: {
@@ -99,7 +101,7 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
         T.STOP: (S.STOPPING, (A.TERM,)),
         T.DRAIN: (S.STOPPING, (A.TERM,)),
         T.TIMEOUT: (S.STOPPING, (A.TERM,)),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
     },
     S.READY: {
         T.HELLO: (S.READY, ()),
@@ -107,16 +109,17 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
         T.DRAIN: (S.DRAINING, (A.TELL_DRAIN,)),
         T.FREEZE: (S.FROZEN, (A.FREEZE,)),
         T.SLEEP: (S.ASLEEP, (A.TELL_SLEEP,)),
-        T.HUNG: (S.STOPPING, _GONE),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.HUNG: (S.STOPPING, (A.KILL,)),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
     },
     S.DRAINING: {
         T.HELLO: (S.DRAINING, (A.TELL_DRAIN,)),
+        T.DRAIN: (S.DRAINING, ()),
         T.DRAINED: (S.STOPPING, (A.TERM,)),
         T.STOP: (S.STOPPING, (A.TERM,)),
         T.TIMEOUT: (S.STOPPING, (A.TERM,)),
-        T.HUNG: (S.STOPPING, _GONE),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.HUNG: (S.STOPPING, (A.KILL,)),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
     },
     S.ASLEEP: {
         T.HELLO: (S.ASLEEP, ()),
@@ -124,7 +127,7 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
         T.WAKE: (S.WAKING, (A.TELL_WAKE,)),
         T.STOP: (S.STOPPING, (A.TERM,)),
         T.DRAIN: (S.STOPPING, (A.TERM,)),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
     },
     S.WAKING: {
         T.HELLO: (S.WAKING, (A.TELL_WAKE,)),
@@ -132,32 +135,30 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
         T.STOP: (S.STOPPING, (A.TERM,)),
         T.DRAIN: (S.STOPPING, (A.TERM,)),
         T.TIMEOUT: (S.STOPPING, (A.TERM,)),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
     },
     S.FROZEN: {
         T.HELLO: (S.FROZEN, ()),
         T.THAW: (S.READY, (A.THAW, A.DISPATCH)),
         T.STOP: (S.STOPPING, (A.THAW, A.TERM)),
         T.DRAIN: (S.DRAINING, (A.THAW, A.TELL_DRAIN)),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
     },
     S.STOPPING: {
         T.STOP: (S.STOPPING, ()),
         T.DRAIN: (S.STOPPING, ()),
         T.TIMEOUT: (S.STOPPING, (A.KILL,)),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
         T.ENDED: (S.STOPPED, _DOWN),
-        T.RETRY: (S.BACKOFF, (A.RELEASE, A.SCHEDULE_RESTART)),
+        T.RETRY: (S.BACKOFF, _AGAIN),
         T.GAVE_UP: (S.FAILED, _DOWN),
-        T.HUNG: (S.UNKILLABLE, ()),
-        T.ADOPT: (S.STOPPING, (A.TERM,)),
+        T.HUNG: (S.UNKILLABLE, (A.LOSE_REQUESTS,)),
     },
     S.BACKOFF: {
         T.START: (S.STARTING, (A.SPAWN,)),
         T.STOP: (S.STOPPED, ()),
         T.DRAIN: (S.STOPPED, ()),
         T.RESET: (S.STOPPED, ()),
-        T.GAVE_UP: (S.FAILED, ()),
     },
     S.FAILED: {
         T.START: (S.STARTING, (A.SPAWN,)),
@@ -169,17 +170,17 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
         T.HELLO: (S.LOADING, ()),
         T.LOADED: (S.READY, (A.DISPATCH,)),
         T.STOP: (S.STOPPING, (A.TERM,)),
-        T.DRAIN: (S.STOPPING, (A.TERM,)),
-        T.TIMEOUT: (S.STOPPING, _GONE),
-        T.EXITED: (S.STOPPING, _GONE),
+        T.DRAIN: (S.DRAINING, (A.TELL_DRAIN,)),
+        T.TIMEOUT: (S.STOPPING, (A.KILL,)),
+        T.EXITED: (S.STOPPING, (A.KILL,)),
     },
     S.UNKILLABLE: {
         T.STOP: (S.UNKILLABLE, ()),
         T.DRAIN: (S.UNKILLABLE, ()),
-        T.EXITED: (S.UNKILLABLE, (A.LOSE_REQUESTS,)),
+        T.EXITED: (S.UNKILLABLE, ()),
         T.TIMEOUT: (S.UNKILLABLE, (A.KILL,)),
         T.ENDED: (S.STOPPED, _DOWN),
-        T.RETRY: (S.BACKOFF, (A.RELEASE, A.SCHEDULE_RESTART)),
+        T.RETRY: (S.BACKOFF, _AGAIN),
         T.GAVE_UP: (S.FAILED, _DOWN),
     },
 }

@@ -6,16 +6,19 @@ in the workers' states.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
-from llmosd.kernel.fleet import Fleet
+from llmosd.kernel.demand import Demand
+from llmosd.kernel.fleet import Fleet, same_process
 from llmosd.kernel.lifecycle import ALIVE, State, Trigger
 from llmosd.kernel.routing import Routing
-from llmosd.kernel.spec import KERNEL_LIMITS, Limits
+from llmosd.kernel.spec import Limits, ModelSpec
+from llmosd.kernel.table import Table
+from llmosd.kernel.units import Quantity, decode_quantity, encode_quantity
 from llmosd.kernel.worker import Model, Worker
 
 SIGKILL: Final = 9
@@ -23,7 +26,7 @@ SIGCONT: Final = 18
 SIGSTOP: Final = 19
 
 
-class Refusal(Exception):
+class CommandError(Exception):
     """A command that is not carried out. `code`: not_found, refused or invalid."""
 
     def __init__(self, code: str, message: str) -> None:
@@ -32,10 +35,12 @@ class Refusal(Exception):
 
 
 class Operators:
-    """Commands over a fleet and its requests. Each method returns the workers it concerns, or raises Refusal."""
+    """Commands over a fleet and its requests. Each method returns the workers it concerns, or raises CommandError."""
 
-    def __init__(self, fleet: Fleet, routing: Routing, out: list[do.Effect]) -> None:
+    def __init__(self, fleet: Fleet, demand: Demand, table: Table, routing: Routing, out: list[do.Effect]) -> None:
         self._fleet = fleet
+        self._demand = demand
+        self._table = table
         self._routing = routing
         self._out = out
 
@@ -47,7 +52,7 @@ class Operators:
         model = fleet.models.get(fleet.names.get(name, name))
         if model is None:
             known = ", ".join(sorted(fleet.models)) or "none"
-            raise Refusal("not_found", f"no model or worker {name!r}; models: {known}")
+            raise CommandError("not_found", f"no model or worker {name!r}; models: {known}")
         return model, list(model.workers.values()), True
 
     def apply(self, event: on.Apply, now: float) -> list[Worker]:
@@ -55,7 +60,7 @@ class Operators:
         name = spec.model
         for other in (name, *spec.aliases):
             if fleet.names.get(other, name) != name:
-                raise Refusal("refused", f"the name {other!r} belongs to model {fleet.names[other]} already")
+                raise CommandError("refused", f"the name {other!r} belongs to model {fleet.names[other]} already")
         model = fleet.models.get(name)
         if model is None:
             model = fleet.models[name] = Model(spec)
@@ -67,53 +72,58 @@ class Operators:
         for alias in [alias for alias, owner in fleet.names.items() if owner == name]:
             del fleet.names[alias]
         fleet.names.update(dict.fromkeys((name, *spec.aliases), name))
-        self._routing.dispatch(model, now)
+        fleet.touch(model)
+        fleet.touch_short()
         return list(model.workers.values())
 
-    def _change(self, model: Model, spec: Any, now: float) -> None:
+    def _change(self, model: Model, spec: ModelSpec, now: float) -> None:
         """Limits and scale change on the run; anything else starts the model's workers again, one life later."""
         old, model.spec, model.removed = model.spec, spec, False
         self._out.append(do.Happened("applied", spec.model, "changed model", spec.model))
-        live = msgspec.structs.replace(old, limits=spec.limits, scale=spec.scale, aliases=spec.aliases,
-                                       restart=spec.restart, timeouts=spec.timeouts)  # fmt: skip
+        live = same_process(old, spec)
         for worker in list(model.workers.values()):
-            if live == spec:
+            if live:
                 worker.spec = spec
-                self._confine(worker, spec.limits)
+                self._fleet.confine(worker, spec.limits)
             elif worker.state in ALIVE and not worker.stop_wanted:
                 self._fleet.end(worker, now, "its model file has changed", again=True)
+            elif worker.state not in ALIVE:
+                self._reset(worker, now)  # what failed with the old file may work with the new one
+        self._demand.trim(model, now)
 
     def remove(self, event: on.Remove, now: float) -> list[Worker]:
         model, workers, whole = self._find(event.model)
         if not whole:
-            raise Refusal("invalid", f"{event.model} is a worker; remove its model, {model.spec.model}")
+            raise CommandError("invalid", f"{event.model} is a worker; remove its model, {model.spec.model}")
         model.removed = True
         self._out.append(do.Happened("removed", model.spec.model, "", model.spec.model))
         for worker in workers:
             self._fleet.end(worker, now, "its model was removed")
-        self._routing.dispatch(model, now)
-        if not any(worker.state in ALIVE for worker in workers):
-            self._fleet.forget(model)
+        self._fleet.touch(model)
         return workers
 
     def start(self, event: on.Start, now: float) -> list[Worker]:
         model, workers, whole = self._find(event.name)
-        if whole:
-            model.held = False
+        if model.removed or self._fleet.shutting_down:
+            why = f"model {model.spec.model} was removed" if model.removed else "llmosd is shutting down"
+            raise CommandError("refused", f"{event.name} is not started: {why}")
         for worker in workers:
             worker.held = worker.rested = False
-        if whole and not any(worker.state in ALIVE for worker in workers):
-            startable = [w for w in workers if w.state is not State.STOPPED] or workers
-            workers = startable[:1] or [self._fleet.add(model)]
+        if whole:
+            model.held = False
+            up = [worker for worker in workers if worker.state in ALIVE]
+            down = [worker for worker in workers if worker.state in (State.FAILED, State.BACKOFF)]
+            workers = up + down or workers[:1] or [self._fleet.add(model)]
+        self._fleet.touch(model)
         for worker in workers:
-            if worker.state in ALIVE:
-                continue
-            worker.failures = 0
-            worker.starts.clear()
-            if refusal := self._fleet.start(worker, now):
-                raise Refusal("refused", f"{worker.name} {refusal}")
-        self._routing.dispatch(model, now)
-        return [worker for worker in workers if worker.state in ALIVE]
+            if worker.state not in ALIVE:
+                worker.failures = 0
+                worker.starts.clear()
+                if refusal := self._demand.start(worker, now):
+                    raise CommandError("refused", f"{worker.name} is not started: {refusal}")
+            elif worker.stop_wanted:
+                worker.start_after = True
+        return workers
 
     def stop(self, event: on.Stop, now: float) -> list[Worker]:
         model, workers, whole = self._find(event.name)
@@ -122,13 +132,13 @@ class Operators:
         for worker in workers:
             worker.held = True
             self._fleet.end(worker, now, "stopped by an operator", at_once=event.now)
-        self._routing.dispatch(model, now)
+        self._fleet.touch(model)
         return workers
 
     def restart(self, event: on.Restarted, now: float) -> list[Worker]:
         model, workers, _ = self._find(event.name)
         running = [worker for worker in workers if worker.state in ALIVE]
-        if not running:
+        if not running or model.removed or self._fleet.shutting_down:
             return self.start(on.Start(event.call, event.name), now)
         for worker in running:
             worker.held = model.held = False
@@ -138,12 +148,15 @@ class Operators:
     def reset(self, event: on.Reset, now: float) -> list[Worker]:
         model, workers, _ = self._find(event.name)
         for worker in workers:
-            worker.failures = 0
-            worker.starts.clear()
-            worker.rested = False
-            self._fleet.fire(worker, Trigger.RESET, now, "")
-        self._routing.dispatch(model, now)
+            self._reset(worker, now)
+        self._fleet.touch(model)
         return workers
+
+    def _reset(self, worker: Worker, now: float) -> None:
+        worker.failures = 0
+        worker.starts.clear()
+        worker.rested = False
+        self._fleet.fire(worker, Trigger.RESET, now)
 
     def kill(self, event: on.Kill, now: float) -> list[Worker]:
         request = self._request(event.name)
@@ -153,19 +166,21 @@ class Operators:
         _, workers, _ = self._find(event.name)
         alive = [worker for worker in workers if worker.state in ALIVE and worker.pid]
         if not alive:
-            raise Refusal("refused", f"no process of {event.name} runs")
+            raise CommandError("refused", f"no process of {event.name} runs")
         for worker in alive:
             self._signal(worker, event.signal, now)
         return alive
 
     def _signal(self, worker: Worker, signal: int, now: float) -> None:
+        if not 0 < signal <= 64:
+            raise CommandError("invalid", f"there is no signal {signal}")
         if signal == SIGKILL:
             self._out.append(do.KillGroup(worker.name, worker.incarnation))
         elif signal in (SIGSTOP, SIGCONT):
             trigger = Trigger.FREEZE if signal == SIGSTOP else Trigger.THAW
             verb = "freeze" if signal == SIGSTOP else "thaw"
             if not self._fleet.fire(worker, trigger, now, "frozen by an operator" if verb == "freeze" else ""):
-                raise Refusal("refused", f"cannot {verb} {worker.name} while it is {worker.state}")
+                raise CommandError("refused", f"cannot {verb} {worker.name} while it is {worker.state}")
         else:
             self._out.append(do.Signal(worker.name, worker.incarnation, signal))
 
@@ -173,36 +188,38 @@ class Operators:
         """The id of a request, given whole or by a prefix of at least 6 digits that fits only one."""
         if len(name) < 6 or any(c not in "0123456789abcdef" for c in name):
             return None
-        found = [rid for rid in self._routing.requests if rid.hex().startswith(name)]
+        found = [rid for rid in self._table.requests if rid.hex().startswith(name)]
         return found[0] if len(found) == 1 else None
 
     def set_limits(self, event: on.SetLimits, now: float) -> list[Worker]:
         model, workers, whole = self._find(event.name)
+        _changed(model.spec.limits, event.changes)  # refuses as a whole, before anything is changed
         if whole:
-            limits = _changed(model.spec.limits, event.changes)
-            model.spec = msgspec.structs.replace(model.spec, limits=limits)
+            model.spec = msgspec.structs.replace(model.spec, limits=_changed(model.spec.limits, event.changes))
         for worker in workers:
             worker.spec = msgspec.structs.replace(worker.spec, limits=_changed(worker.spec.limits, event.changes))
-            self._confine(worker, _changed(worker.limits, event.changes))
-        self._routing.dispatch(model, now)
+            self._fleet.confine(worker, _changed(worker.limits, event.changes))
+        self._fleet.touch(model)
         return workers
-
-    def _confine(self, worker: Worker, limits: Limits) -> None:
-        changed = {name for name in limits.__struct_fields__ if getattr(limits, name) != getattr(worker.limits, name)}
-        worker.limits, worker.slots = limits, limits.slots
-        if changed - KERNEL_LIMITS and worker.state in ALIVE:
-            self._out.append(do.Confine(worker.name, worker.incarnation, limits))
 
     def shut_down(self, now: float) -> None:
         self._fleet.shutting_down = True
-        for worker in list(self._fleet.workers.values()):
+        for worker in self._fleet.workers.values():
             self._fleet.end(worker, now, "llmosd is shutting down")
-        for model in list(self._fleet.models.values()):
-            self._routing.dispatch(model, now)
+        for model in self._fleet.models.values():
+            self._fleet.touch(model)
         self._fleet.note_all_down()
 
 
 def _changed(limits: Limits, changes: dict[str, object]) -> Limits:
-    defaults = Limits()
-    values = {name: getattr(defaults, name) if value is None else value for name, value in changes.items()}
-    return msgspec.structs.replace(limits, **values)
+    """`limits` with some of them changed, checked as a model file's are; None gives a limit its default again."""
+    values: dict[str, object] = {name: getattr(limits, name) for name in limits.__struct_fields__} | changes
+    written = {
+        name: encode_quantity(value) if isinstance(value, Quantity) else value
+        for name, value in values.items()
+        if value is not None
+    }
+    try:
+        return msgspec.convert(written, Limits, dec_hook=decode_quantity)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise CommandError("invalid", f"these limits cannot be set: {error}") from None

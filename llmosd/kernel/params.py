@@ -22,6 +22,8 @@ class Params(msgspec.Struct, frozen=True, kw_only=True):
     answer_max: int = 64 << 20
     #: How long a request waits for a client that is alive and cannot be reached, or for its acknowledgement.
     resume_timeout: float = 30.0
+    #: How long an ended answer is kept for a client that is there and says nothing of it.
+    linger: float = 600.0
     #: Accepted requests in all that have not ended.
     requests_max: int = 100_000
     #: How often a request may lose its worker before it is given up: a request can be what kills them.

@@ -25,6 +25,9 @@ class RequestState(enum.StrEnum):
 #: States of a request that a slot is still owed to, or that holds one.
 OPEN: Final = frozenset({RequestState.READY, RequestState.BLOCKED, RequestState.RUNNING})
 
+#: No honest number in a message is larger: of items, of tokens.
+MANY: Final = 1 << 40
+
 #: How a final's code reads as a state; anything else is `failed`.
 ENDED_AS: Final[dict[str, RequestState]] = {
     f.Code.CANCELLED: RequestState.CANCELLED,
@@ -36,35 +39,34 @@ class Request:
     """What the kernel knows of one accepted request. Times are the kernel's monotonic seconds."""
 
     __slots__ = (
-        "accepted_at", "attempt", "body", "cancel_reason", "client_acked", "dispatched_at", "ended_at", "expires_at",
-        "final", "final_seq", "first_item_at", "losses", "model", "next_seq", "order", "peer", "prompt_tokens",
-        "resumed", "rid", "state", "submit", "tenant", "ticket", "tokens", "worker",
+        "accepted_at", "attempt", "body", "cancel_reason", "client_acked", "client_at", "confirmed", "dispatched_at",
+        "ended_at", "expires_at", "final", "final_seq", "first_item_at", "losses", "model", "next_seq", "order",
+        "peer", "prompt_tokens", "rid", "state", "submit", "tenant", "ticket", "tokens", "worker",
     )  # fmt: skip
 
     def __init__(
         self,
         rid: bytes,
-        peer: bytes | None,
         submit: f.Submit,
-        body: bytes,
+        body: bytes | None,
         model: str,
-        tenant: str,
         now: float,
     ) -> None:
         self.rid = rid
         #: The connection its answer goes to; None while its client is away.
-        self.peer = peer
+        self.peer: bytes | None = None
         self.submit = submit
+        #: None while it is known from its worker alone.
         self.body = body
         self.model = model
-        self.tenant = tenant
+        self.tenant = submit.tenant
         self.state = RequestState.READY
         #: Its place in the queue: smaller is sooner. Microseconds of the kernel's clock, made unique.
         self.order = 0
         self.ticket = b""
-        #: Came with a ticket of an earlier daemon: may still run on a worker that has not said HELLO.
-        self.resumed = False
         self.attempt = 0
+        #: The worker has shown that it holds this attempt.
+        self.confirmed = False
         #: Name of the worker that runs it, or still holds its answer.
         self.worker: str | None = None
         #: The next answer item to pass on, and how far the client has acknowledged.
@@ -75,6 +77,8 @@ class Request:
         self.tokens = 0
         self.prompt_tokens = 0
         self.accepted_at = now
+        #: When its client last said anything of it.
+        self.client_at = now
         self.dispatched_at = 0.0
         self.first_item_at = 0.0
         self.ended_at = 0.0

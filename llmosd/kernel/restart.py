@@ -33,7 +33,7 @@ def wants_restart(policy: str, status: ExitStatus | None, timed_out: bool) -> bo
     """
     if policy in ("no", "always"):
         return policy == "always"
-    abnormal = timed_out or (status is not None and status.signal is not None and not status.clean)
+    abnormal = timed_out or status is None or (status.signal is not None and not status.clean)
     if policy == "on-abnormal":
         return abnormal
     clean = status is not None and status.clean and not timed_out

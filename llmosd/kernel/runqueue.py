@@ -29,8 +29,10 @@ class RunQueue:
     def pop(self) -> Request | None:
         """The request that is next, taken out; None when nobody waits."""
         while self._heap:
-            rid = heapq.heappop(self._heap)[1]
-            if (request := self._waiting.pop(rid, None)) is not None:
+            order, rid = heapq.heappop(self._heap)
+            request = self._waiting.get(rid)
+            if request is not None and request.order == order:
+                del self._waiting[rid]
                 return request
         return None
 

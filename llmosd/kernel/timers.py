@@ -14,12 +14,20 @@ class Timers:
         self._heap: list[tuple[float, int, Hashable]] = []
         self._count = 0
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._due
+
     def set(self, key: Hashable, due: float) -> None:
         if self._due.get(key) == due:
             return
         self._due[key] = due
         self._count += 1
         heapq.heappush(self._heap, (due, self._count, key))
+
+    def arm(self, key: Hashable, due: float) -> None:
+        """Set a deadline unless the key has one: for timers that look again for themselves when they ring."""
+        if key not in self._due:
+            self.set(key, due)
 
     def cancel(self, key: Hashable) -> None:
         self._due.pop(key, None)

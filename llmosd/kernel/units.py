@@ -8,9 +8,13 @@ from typing import Any, Final
 
 _BYTE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECOND_UNITS: Final = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
+#: ASCII: else IGNORECASE takes the Kelvin sign for a K.
+_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE | re.ASCII)
 _SPAN: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|min|m|h|d)?\s*")
 _CPUS_MAX: Final = 8192
+#: 2**60: what a message carries as a number of 64 bits, and no machine has.
+_BYTES_MAX: Final = 1 << 60
+_SECONDS_MAX: Final = 100_000 * 86400.0
 
 
 class Bytes(int):
@@ -19,13 +23,16 @@ class Bytes(int):
     @classmethod
     def parse(cls, value: Any) -> Bytes:
         if isinstance(value, int) and not isinstance(value, bool):
-            if value < 0:
-                raise ValueError(f"a size cannot be negative: {value}")
+            if not 0 <= value <= _BYTES_MAX:
+                raise ValueError(f"a size is at least 0, and at most 1048576T; got {_shown(value)}")
             return cls(value)
         match = _SIZE.fullmatch(value) if isinstance(value, str) else None
         if match is None:
-            raise ValueError(f"expected a size such as 512M or 2G, got {value!r}")
-        return cls(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+            raise ValueError(f"expected a size such as 512M or 2G, got {_shown(value)}")
+        size = float(match[1]) * _BYTE_UNITS[match[2].upper()]
+        if size > _BYTES_MAX:
+            raise ValueError(f"a size is at most 1048576T; got {_shown(value)}")
+        return cls(size)
 
     def __str__(self) -> str:
         for unit in ("T", "G", "M", "K"):
@@ -41,13 +48,15 @@ class Seconds(float):
     @classmethod
     def parse(cls, value: Any) -> Seconds:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not 0 <= value < 1e10:
-                raise ValueError(f"a span of time is at least 0 and finite, got {value!r}")
-            return cls(value)
-        match = _SPAN.fullmatch(value) if isinstance(value, str) else None
-        if match is None:
-            raise ValueError(f"expected a span of time such as 30s, 10m or 200ms, got {value!r}")
-        return cls(float(match[1]) * _SECOND_UNITS[match[2] or "s"])
+            span = float(value) if abs(value) <= _SECONDS_MAX else -1.0
+        else:
+            match = _SPAN.fullmatch(value) if isinstance(value, str) else None
+            if match is None:
+                raise ValueError(f"expected a span of time such as 30s, 10m or 200ms, got {_shown(value)}")
+            span = float(match[1]) * _SECOND_UNITS[match[2] or "s"]
+        if not 0 <= span <= _SECONDS_MAX:
+            raise ValueError(f"a span of time is at least 0 and at most 100000d, got {_shown(value)}")
+        return cls(span)
 
     def __str__(self) -> str:
         for unit in ("d", "h", "m"):
@@ -64,7 +73,7 @@ class Percent(int):
     def parse(cls, value: Any) -> Percent:
         match = re.fullmatch(r"\s*([0-9]{1,7})\s*%\s*", value) if isinstance(value, str) else None
         if match is None or int(match[1]) == 0:
-            raise ValueError(f"expected a percentage of one CPU such as 150%, got {value!r}")
+            raise ValueError(f"expected a percentage of one CPU such as 150%, got {_shown(value)}")
         return cls(match[1])
 
     def __str__(self) -> str:
@@ -81,15 +90,18 @@ class CpuSet(tuple[int, ...]):
     def parse(cls, value: Any) -> CpuSet:
         cpus: set[int] = set()
         if isinstance(value, str) and value.strip():
+            named = 0
             for part in value.split(","):
                 match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
                 first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-                if first > last or last >= _CPUS_MAX:
+                named += last - first + 1
+                # More than there can be: the same ones again and again.
+                if first > last or last >= _CPUS_MAX or named > _CPUS_MAX:
                     break
                 cpus.update(range(first, last + 1))
             else:
                 return cls(cpus)
-        raise ValueError(f"expected a set of CPUs such as 0-3,8, got {value!r}")
+        raise ValueError(f"expected a set of CPUs such as 0-3,8, got {_shown(value)}")
 
     def __str__(self) -> str:
         parts: list[str] = []
@@ -102,6 +114,12 @@ class CpuSet(tuple[int, ...]):
                 parts.append(str(start) if start == previous else f"{start}-{previous}")
             start = previous = cpu
         return ",".join(parts)
+
+
+def _shown(value: Any) -> str:
+    """What was written instead, shortened."""
+    text = repr(value) if isinstance(value, str | float) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 #: For msgspec's dec_hook: the types above, read from what TOML or a command line holds.

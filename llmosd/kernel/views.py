@@ -89,5 +89,5 @@ def of_worker(worker: Worker, model: Model, grant: Grant | None) -> WorkerView:
         state_since=worker.state_since,
         grant=grant or Grant(),
         limits=worker.limits,
-        last_exit=str(worker.exit_status or ""),
+        last_exit=str(worker.last_exit or ""),
     )

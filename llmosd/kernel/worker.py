@@ -1,4 +1,4 @@
-"""A worker, as the kernel knows it, and a model with its workers. Records, no decisions."""
+"""A worker, as the kernel knows it, and a model with its workers. Records, no decisions. For the kernel."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ class Worker:
         "exit_status",
         "failure_reason",
         "failures",
+        "faulted",
         "heard_at",
         "held",
         "idle_since",
         "incarnation",
         "killed",
+        "last_exit",
         "limits",
         "model",
         "name",
         "peer",
         "permanent",
         "pid",
-        "probed",
         "progress",
         "ready_at",
         "requests",
@@ -45,8 +46,8 @@ class Worker:
         "state",
         "state_since",
         "stop_wanted",
-        "timed_out",
         "token",
+        "unheard",
         "why",
     )  # fmt: skip
 
@@ -80,15 +81,18 @@ class Worker:
         self.stop_wanted = False
         #: Once this life has ended, begin another at once: a restart, or a changed model file.
         self.start_after = False
-        #: llmosd ended this life because something took too long or a limit was passed.
-        self.timed_out = False
+        #: This life ends by a fault, however clean its exit looks: too slow, over a limit, or its engine is gone.
+        self.faulted = False
         #: SIGKILL was sent to this life's group.
         self.killed = False
-        self.probed = False
+        #: Adopted, and its host has not said HELLO: nobody knows what runs here.
+        self.unheard = False
         #: The cause of this life's end, when it is known better than by its exit status.
         self.failure_reason = ""
         self.permanent = False
+        #: How this life ended, and how the last one that ended did.
         self.exit_status: ExitStatus | None = None
+        self.last_exit: ExitStatus | None = None
         #: Failures in a row, restarts in all, and when the recent starts were.
         self.failures = 0
         self.restarts = 0
@@ -100,16 +104,34 @@ class Worker:
         self.dispatched_at = 0.0
         self.idle_since = 0.0
 
+    def begin_life(self, spec: ModelSpec, incarnation: int, now: float) -> None:
+        """Forget the life before."""
+        if self.spec is not spec:
+            self.spec, self.limits, self.slots = spec, spec.limits, spec.limits.slots
+        if self.incarnation:
+            self.restarts += 1
+        self.incarnation = incarnation
+        self.pid = self.engine_pid = 0
+        self.peer = self.token = b""
+        self.stop_wanted = self.start_after = self.rested = False
+        self.faulted = self.killed = self.permanent = self.unheard = False
+        self.failure_reason = ""
+        self.exit_status = None
+        self.progress = -1.0
+        self.started_at, self.ready_at = now, 0.0
+
 
 class Model:
     """A model with its workers and the requests that wait for it."""
 
-    __slots__ = ("held", "queue", "removed", "spec", "why", "workers")
+    __slots__ = ("held", "parked", "queue", "removed", "spec", "why", "workers")
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.workers: dict[str, Worker] = {}
         self.queue = RunQueue()
+        #: Requests that may be running on an adopted worker that has not said HELLO: not to be run twice.
+        self.parked: dict[bytes, Request] = {}
         #: Stopped by an operator.
         self.held = False
         #: Its file is gone: it is forgotten once its workers are down.

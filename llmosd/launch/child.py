@@ -6,6 +6,7 @@ execs. A step that fails is told through the socket as ``{"step", "errno", "erro
 the success. Standard library only, and as few modules as can be: this start-up is paid by every worker.
 """
 
+import _signal  # type: ignore[import-not-found]  # what `signal` is made of, without its enums
 import os
 import resource
 import sys
@@ -22,6 +23,8 @@ IOPRIO_WHO_PROCESS = 1
 IOPRIO_CLASS_SHIFT = 13
 SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
 NOT_STARTED = 125
+#: Python ignores these when it starts, and an exec keeps what is ignored.
+IGNORED_BY_PYTHON = (_signal.SIGPIPE, _signal.SIGXFSZ)
 AUTOGROUP_TRIES = 5
 
 
@@ -41,6 +44,9 @@ def main() -> None:
             if order.get(step) is not None:
                 apply(order[step])
         match_autogroup()
+        step = "signals"
+        for number in IGNORED_BY_PYTHON:
+            _signal.signal(number, _signal.SIG_DFL)
         step = "close_fds"
         close_others({0, 1, 2, gate, *order["keep_fds"]})
         step = "exec"

@@ -6,8 +6,10 @@ import ctypes
 import fcntl
 import os
 import select
+import signal
 import struct
-from collections.abc import Collection
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,8 @@ _PIDFD_INFO: Final = struct.Struct("=QQ" + "I" * 11 + "i")
 _PIDFD_GET_INFO: Final = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 _PIDFD_INFO_EXIT: Final = 1 << 3
 _PR_SET_CHILD_SUBREAPER: Final = 36
+#: Seconds between two rounds of killing descendants.
+_LOOK_AGAIN_S: Final = 0.005
 
 
 def reap(pidfd: int) -> tuple[int | None, int | None] | None:
@@ -58,22 +62,49 @@ def adopt_orphans() -> None:
         raise OSError(number, f"cannot become a subreaper: {os.strerror(number)}")
 
 
-def reap_orphans(known: Collection[int]) -> int:
+def reap_orphans(is_known: Callable[[int], bool]) -> int:
     """Reap the children that came to us as orphans and have ended. Returns how many.
 
-    `known`: children that somebody else waits for. Each other child is waited for by its own number.
+    `is_known`: whether somebody else waits for a child. It is asked after the child was seen, so that one born
+    meanwhile is known too. Each other child is waited for by its own number.
     """
     count = 0
+    for pid in children():
+        if is_known(pid):
+            continue
+        try:
+            count += os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
+        except ChildProcessError:
+            pass  # another thread's listing had it too
+    return count
+
+
+def kill_descendants(timeout_s: float) -> bool:
+    """SIGKILL to every child until there is none, for a subreaper at its end. False: some are left after `timeout_s`.
+
+    What a child has forked becomes ours when it dies, however it detached itself, and is killed in the next round.
+    """
+    deadline = time.monotonic() + timeout_s
+    while left := children():
+        for pid in left:
+            try:
+                # Ours until it is reaped here, so the number cannot have come to mean another process.
+                os.kill(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass  # reaped by another thread, or another user's by now: the daemon's kill is the last word
+        reap_orphans(lambda pid: False)
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_AGAIN_S)
+    return True
+
+
+def children() -> list[int]:
+    """Our children, the dead ones that were not reaped among them."""
+    found = []
     for path in Path("/proc/self/task").glob("*/children"):
         try:
-            children = path.read_text().split()
+            found += [int(pid) for pid in path.read_text().split()]
         except OSError:
             continue  # that thread just ended
-        for pid in map(int, children):
-            if pid in known:
-                continue
-            try:
-                count += os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
-            except ChildProcessError:
-                pass  # another thread's listing had it too
-    return count
+    return found

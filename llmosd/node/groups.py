@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 from typing import Final, Protocol
 
-from llmosd.node.records import start_ticks
+from llmosd.node.records import Record, start_ticks
 
 #: Name of the environment variable that marks every process of a group.
 MARK: Final = "LLMOSD_GROUP"
 #: Milliseconds between two looks for processes that appeared while their group was being killed.
 _LOOK_AGAIN_MS: Final = 50
+#: Looks for processes that were forked while their group was being stopped.
+_STOP_ROUNDS: Final = 50
 
 
 class Group(Protocol):
@@ -98,6 +100,7 @@ class CgroupGroup:
         (self._path / "cgroup.freeze").write_text("1" if frozen else "0")
 
     def release(self) -> None:
+        # The deepest first; one that holds a process stays.
         for directory in sorted(self._path.glob("**/"), reverse=True):
             try:
                 directory.rmdir()
@@ -110,14 +113,21 @@ class MarkedGroup:
 
     cgroup = ""
 
-    def __init__(self, leader: int, mark: str) -> None:
+    def __init__(self, leader: int, leader_ticks: int, mark: str) -> None:
+        """`leader_ticks`: when the leader started. Once it is gone, its number may come to mean a stranger."""
         self._leader = leader
+        self._leader_ticks = leader_ticks
         self._mark = f"{MARK}={mark}".encode()
 
     def enter(self, pid: int) -> None:
         self._leader = pid
+        self._leader_ticks = start_ticks(pid) or 0
 
     def members(self) -> list[int]:
+        if not self._leader:
+            return []
+        # A number is not given out again while it names a session, so with a stranger's the session is his as well.
+        leader = self._leader if start_ticks(self._leader) in (self._leader_ticks, None) else -1
         parents: dict[int, int] = {}
         found: set[int] = set()
         for entry in os.scandir("/proc"):
@@ -130,7 +140,7 @@ class MarkedGroup:
                 if fields[0] in (b"Z", b"X"):
                     continue
                 parents[pid] = int(fields[1])
-                if pid == self._leader or int(fields[3]) == self._leader or self._is_marked(entry.path):
+                if leader in (pid, int(fields[3])) or self._is_marked(entry.path):
                     found.add(pid)
             except (OSError, IndexError):
                 continue  # it ended while we looked, or is not ours to look at
@@ -146,6 +156,15 @@ class MarkedGroup:
         return self._mark in Path(path, "environ").read_bytes().split(b"\0")
 
     def kill(self) -> None:
+        # Stopped first, until a look finds nobody new: what is killed one by one could fork faster than that.
+        stopped: set[int] = set()
+        for _ in range(_STOP_ROUNDS):
+            new = set(self.members()) - stopped
+            if not new:
+                break
+            for pid in new:
+                _signal(pid, signal.SIGSTOP)
+            stopped |= new
         for pid in self.members():
             _signal(pid, signal.SIGKILL)
 
@@ -166,7 +185,6 @@ class MarkedGroup:
             poll.poll(min(left * 1000, _LOOK_AGAIN_MS))
             for fd in fds:
                 os.close(fd)
-            # Whoever was forked since the last look is killed by the next one.
         return True
 
     def freeze(self, frozen: bool) -> None:
@@ -192,15 +210,22 @@ class Groups:
     def new(self, worker: str, incarnation: int) -> Group:
         if self._base is not None:
             return CgroupGroup(self._base / f"{worker}-{incarnation}")
-        return MarkedGroup(0, self.mark(worker, incarnation))
+        return MarkedGroup(0, 0, self.mark(worker, incarnation))
 
     def mark(self, worker: str, incarnation: int) -> str:
         """The value of MARK in a worker's environment: unique on this machine."""
         return f"{self._name}/{worker}-{incarnation}"
 
-    def known(self, cgroup: str, leader: int, worker: str, incarnation: int) -> Group:
+    def known(self, record: Record) -> Group:
         """The group of a worker that was alive before the daemon was."""
-        return CgroupGroup(Path(cgroup)) if cgroup else MarkedGroup(leader, self.mark(worker, incarnation))
+        if record.cgroup:
+            return CgroupGroup(Path(record.cgroup))
+        return MarkedGroup(record.pid, record.start_ticks, self.mark(record.worker, record.incarnation))
+
+    def sweep(self) -> None:
+        """Remove what an earlier daemon left empty: a crash between making a group and recording it does that."""
+        for path in self._base.glob("*/") if self._base is not None else ():
+            CgroupGroup(path).release()
 
     def close(self) -> None:
         if self._base is not None:

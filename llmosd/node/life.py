@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -73,12 +74,15 @@ class Life:
         self.pid = 0
         #: Called once the group is empty.
         self.on_empty: Callable[[], None] = lambda: None
+        #: Its group is empty, and nothing of it is on record any more.
+        self.emptied = asyncio.Event()
         self._directory = directory
         self._emit = emit
         self._executor = executor
         self._loop = asyncio.get_running_loop()
         self._pidfd = -1
         self._record: Record | None = None
+        self._record_lock = threading.Lock()
         self._settled = asyncio.Event()
         self._exited = asyncio.Event()
         self._killer: asyncio.Task[None] | None = None
@@ -102,6 +106,9 @@ class Life:
             gate.shut()
             await self._readable(self._pidfd)
             reap(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+            await self._in_thread(self.group.release)
             self._fail(self._why(program, error))
             return
         self._settled.set()
@@ -156,11 +163,11 @@ class Life:
         return on.SpawnFailed(self.worker, self.incarnation, error.step, str(error))
 
     def _fail(self, event: on.SpawnFailed) -> None:
+        self._forget()
         self._settled.set()
         self._exited.set()
-        self._forget()
         self._emit(event)
-        self.on_empty()
+        self._end_of_life()
 
     # -- adoption -------------------------------------------------------------------------------------------
 
@@ -201,7 +208,7 @@ class Life:
 
     async def _kill(self) -> None:
         await self._settled.wait()
-        if self._exited.is_set() and self._pidfd < 0 and self._record is None:
+        if self.emptied.is_set():
             return  # the birth had failed
         await self._in_thread(self.group.kill)
         await self._exited.wait()
@@ -210,6 +217,10 @@ class Life:
         await self._in_thread(self.group.release)
         await self._in_thread(self._forget)
         self._emit(on.Emptied(self.worker, self.incarnation))
+        self._end_of_life()
+
+    def _end_of_life(self) -> None:
+        self.emptied.set()
         self.on_empty()
 
     def note_limits(self, limits: object) -> None:
@@ -217,9 +228,10 @@ class Life:
         self._spawn_task(self._in_thread(lambda: self._write(limits=limits)))
 
     def _write(self, **changes: object) -> None:
-        if self._record is not None:
-            self._record = msgspec.structs.replace(self._record, **changes)
-            records.write(self._directory, self._record)
+        with self._record_lock:
+            if self._record is not None:
+                self._record = msgspec.structs.replace(self._record, **changes)
+                records.write(self._directory, self._record)
 
     # -- its end --------------------------------------------------------------------------------------------
 
@@ -246,7 +258,9 @@ class Life:
             return ""
 
     def _forget(self) -> None:
-        records.remove(self._directory, self.worker)
+        with self._record_lock:
+            self._record = None
+            records.remove(self._directory, self.worker)
         shutil.rmtree(self.birth.scratch, ignore_errors=True)
 
     # -- helpers of the loop --------------------------------------------------------------------------------

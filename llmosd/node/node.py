@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -30,6 +29,8 @@ from llmosd.node.usage import CpuMeter, Usage, sample
 
 #: Seconds between two looks at what the workers use.
 SAMPLE_S: Final = 2.0
+#: Seconds that a starting daemon waits for the remains of dead workers to go.
+REMAINS_S: Final = 10.0
 T = TypeVar("T")
 _IDENTITY_BYTES: Final = 16
 _TOKEN_BYTES: Final = 32
@@ -67,6 +68,8 @@ class Node:
         self._warn = warn
         self._program = program
         self._lives: dict[str, Life] = {}
+        #: What is left of workers that died while there was no daemon, until it is gone.
+        self._remains: dict[str, Life] = {}
         self._limits: dict[str, Limits] = {}
         self._meters: dict[str, CpuMeter] = {}
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
@@ -77,6 +80,7 @@ class Node:
         """Make the directories and begin to look at the workers."""
         self._records.mkdir(mode=0o700, exist_ok=True)
         self._scratch.mkdir(mode=0o700, exist_ok=True)
+        self.groups.sweep()
         self._spawn_task(self._watch())
 
     async def close(self) -> None:
@@ -110,7 +114,12 @@ class Node:
             self._gone(life)
             self._emit(on.SpawnFailed(effect.worker, effect.incarnation, "prepare", str(error), permanent=True))
             return
-        self._spawn_task(life.begin(effect, program))
+        self._spawn_task(self._begin(life, effect, program))
+
+    async def _begin(self, life: Life, effect: do.Spawn, program: Program) -> None:
+        if (remains := self._remains.get(effect.worker)) is not None:
+            await remains.emptied.wait()
+        await life.begin(effect, program)
 
     def signal(self, effect: do.Signal) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
@@ -146,17 +155,16 @@ class Node:
 
     # -- adoption -------------------------------------------------------------------------------------------
 
-    def find_survivors(self, keeps: Callable[[Record], bool]) -> list[on.Adopted]:
+    async def find_survivors(self) -> list[on.Adopted]:
         """Take over the workers of the daemon's earlier life. What is left of dead ones is ended.
 
-        `keeps`: whether a record is to be believed beyond its identity. A record that cannot be read, or whose
-        process cannot be verified, is left alone and warned of: "cannot verify" is not "gone".
+        A record that cannot be read, or whose process cannot be verified, is left alone and warned of: "cannot verify"
+        is not "gone". Its host ends by itself: no daemon answers it.
         """
         adopted = []
         for path in sorted(self._records.glob("*.json")):
             try:
-                record = records.read(path)
-                event = self._take_over(record) if keeps(record) else None
+                event = self._take_over(records.read(path))
             except records.RecordError as error:
                 path.replace(path.with_suffix(".damaged"))
                 self._warn(path.stem, f"its record cannot be read and was set aside: {error}")
@@ -166,6 +174,11 @@ class Node:
                 continue
             if event is not None:
                 adopted.append(event)
+        remains = [asyncio.create_task(life.emptied.wait()) for life in self._remains.values()]
+        if remains:
+            await asyncio.wait(remains, timeout=REMAINS_S)
+        for worker in self._remains:
+            self._warn(worker, "what is left of it from before the daemon started was killed and does not go")
         return adopted
 
     def _take_over(self, record: Record) -> on.Adopted | None:
@@ -174,13 +187,12 @@ class Node:
         if record.boot_id != records.boot_id():
             records.remove(self._records, record.worker)
             return None
-        life = Life(
-            record.worker, record.incarnation,
-            self.groups.known(record.cgroup, record.pid, record.worker, record.incarnation),
-            self._records, birth, self._emit, self._executor,
-        )  # fmt: skip
+        group = self.groups.known(record)
+        life = Life(record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor)
         pidfd = _open_same(record.pid, record.start_ticks)
         if pidfd is None:
+            self._remains[record.worker] = life
+            life.on_empty = lambda: self._remains.__delitem__(record.worker)
             life.take_over_remains(record)
             return None
         self._keep(life)
@@ -204,11 +216,13 @@ class Node:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_S)
-            known = {life.pid for life in self._lives.values()}
-            await self._in_thread(partial(reap_orphans, known))
+            await self._in_thread(lambda: reap_orphans(self._is_leader))
             for life in list(self._lives.values()):
                 if life.pid:
                     await self._look(life)
+
+    def _is_leader(self, pid: int) -> bool:
+        return any(life.pid == pid for life in list(self._lives.values()))
 
     async def _look(self, life: Life) -> None:
         usage = await self._in_thread(lambda: sample(life.group.members()))
@@ -236,6 +250,8 @@ class Node:
         return life
 
     def _gone(self, life: Life) -> None:
+        # A command without a host that printed much and ended was perhaps never looked at.
+        self._spawn_task(self._in_thread(lambda: _cap(life.birth.log_file, self._log_max_bytes)))
         if self._lives.get(life.worker) is life:
             del self._lives[life.worker]
             self.measured.pop(life.worker, None)

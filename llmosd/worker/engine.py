@@ -20,6 +20,8 @@ from llmosd.worker.drivers import EngineEnded
 from llmosd.worker.log import WorkerLog
 
 _READ_BYTES: Final = 1 << 16
+#: Reads of an ended engine's last output: a pipe holds 16. Whoever goes on writing then is not the engine.
+_LAST_READS: Final = 64
 
 
 class EngineProcess:
@@ -49,7 +51,7 @@ class EngineProcess:
             os.close(write_end)
         self.pid, self._pidfd = gate.pid, gate.pidfd
         loop.add_reader(self._pidfd, self._on_exit)
-        loop.add_reader(self._pipe, self._on_output)
+        loop.add_reader(self._pipe, self._read_output)
         order: Order = msgspec.structs.replace(
             self._config.engine_order,
             argv=tuple(argv),
@@ -69,7 +71,7 @@ class EngineProcess:
         return await asyncio.shield(self._ended)
 
     async def stop(self, timeout: float) -> None:
-        """SIGTERM, then SIGKILL after `timeout` seconds, to the engine and to all its descendants."""
+        """SIGTERM to the engine, then SIGKILL after `timeout` seconds. Its descendants are the host's to end."""
         if self._pidfd < 0 or self._ended.done():
             return
         self._signal(signal.SIGTERM)
@@ -85,17 +87,21 @@ class EngineProcess:
         except ProcessLookupError:
             pass  # it has just ended by itself
 
-    def _on_output(self) -> None:
+    def _read_output(self) -> bool:
+        """Log what is there; False when there is nothing."""
+        if self._pipe < 0:
+            return False
         try:
             data = os.read(self._pipe, _READ_BYTES)
         except BlockingIOError:
-            return
+            return False
         if data:
             self._log.write(data)
-        else:
-            asyncio.get_running_loop().remove_reader(self._pipe)
-            os.close(self._pipe)
-            self._pipe = -1
+            return True
+        asyncio.get_running_loop().remove_reader(self._pipe)
+        os.close(self._pipe)
+        self._pipe = -1
+        return False
 
     def _on_exit(self) -> None:
         status = reap(self._pidfd)
@@ -103,21 +109,13 @@ class EngineProcess:
             return
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfd)
-        while self._pipe >= 0 and self._has_output():
-            self._on_output()
+        for _ in range(_LAST_READS):
+            if not self._read_output():
+                break
         code, number = status
         how = f"was killed by {signal.Signals(number).name}" if number else f"exited with code {code}"
         if not self._ended.done():
             self._ended.set_result(f"the engine {how}" + self._last_words())
-
-    def _has_output(self) -> bool:
-        try:
-            data = os.read(self._pipe, _READ_BYTES)
-        except BlockingIOError:
-            return False
-        if data:
-            self._log.write(data)
-        return bool(data)
 
     def _last_words(self) -> str:
         lines = [line for line in self._log.tail if not line.startswith("llmosd: ")]

@@ -20,7 +20,7 @@ import uvloop
 from llmos.dealer import Dealer
 from llmos.protocol import frames as f
 from llmos.protocol.host import HostProtocol, StartRun, StopRun, Told
-from llmosd.launch.reap import adopt_orphans, reap_orphans
+from llmosd.launch.reap import adopt_orphans, kill_descendants, reap_orphans
 from llmosd.worker.config import HostConfig, read
 from llmosd.worker.drivers import Call, Driver, EngineBrokeOff, EngineEnded, Finished, Item, RequestFailed, driver_for
 from llmosd.worker.log import WorkerLog
@@ -30,6 +30,8 @@ _TICK_S: Final = 0.25
 LAST_ANSWERS_S: Final = 5.0
 #: Seconds in which an engine that broke a connection off may turn out to be dead.
 DEATH_S: Final = 1.0
+#: Seconds in which what the engine forked away must go once the engine has ended.
+DESCENDANTS_S: Final = 2.0
 EXIT_ENGINE: Final = 69
 EXIT_ORPHANED: Final = 75
 
@@ -47,6 +49,8 @@ class Host:
         self._stopping = asyncio.Event()
         self._engine: asyncio.Task[str] | None = None
         self._loop = asyncio.get_running_loop()
+        #: A daemon that knows this worker answers. One that does not is no daemon for it.
+        self._answered = False
         self._dealer = Dealer(config.back_address, config.identity, self._on_messages, self._on_connected)
 
     async def run(self) -> int:
@@ -71,6 +75,9 @@ class Host:
             await self._driver.stop()
             self._flush()
             self._dealer.close()
+            # The daemon sees to it too, where there is one.
+            if not await asyncio.to_thread(kill_descendants, DESCENDANTS_S):
+                self._log.say("what the engine forked away was killed and does not go")
 
     async def _engine_life(self) -> str:
         """Bring the engine up and watch it; returns why it is no more."""
@@ -78,6 +85,8 @@ class Host:
             await self._driver.start(self._on_progress)
         except EngineEnded as end:
             return str(end)
+        except Exception as error:  # noqa: BLE001  # whatever the driver ran into is the reason that there is no engine
+            return f"cannot start the engine: {type(error).__name__}: {error}"
         self._log.say("the engine is ready")
         self._protocol.set_status(f.Phase.READY, 1.0, "", self._driver.engine_pid)
         self._send()
@@ -86,7 +95,10 @@ class Host:
     async def _report_end(self, reason: str) -> None:
         """The engine is gone: fail nothing that another worker can run, deliver what is finished, say why."""
         self._log.say(reason)
-        self._config.engine_exit_file.write_text(reason)
+        try:
+            self._config.engine_exit_file.write_text(reason)
+        except OSError as error:
+            self._log.say(f"cannot record it for the daemon: {error}")
         self._protocol.set_status(f.Phase.FAILED, -1.0, reason)
         for task in self._running.values():
             task.cancel()
@@ -102,10 +114,12 @@ class Host:
     # -- the bus --------------------------------------------------------------------------------------------
 
     def _on_connected(self) -> None:
+        self._answered = False
         self._protocol.connected()
         self._send()
 
     def _on_messages(self, messages: list[list[bytes]]) -> None:
+        self._answered = True
         for parts in messages:
             for command in self._protocol.receive(parts):
                 if isinstance(command, StartRun):
@@ -197,12 +211,14 @@ class Host:
         connected_at = time.monotonic()
         while time.monotonic() < connected_at + self._config.orphan_timeout:
             await asyncio.sleep(_TICK_S)
-            if self._dealer.connected:
+            if self._dealer.connected and self._answered:
                 connected_at = time.monotonic()
             self._protocol.tick(time.monotonic())
             self._send()
-            # Not by SIGCHLD: uvloop keeps that for itself.
-            reap_orphans({self._driver.engine_pid})
+            # Not by SIGCHLD: uvloop keeps that for itself. Children of an engine that lives in this process are its
+            # own to wait for.
+            if self._driver.engine_pid != os.getpid():
+                reap_orphans(lambda pid: pid == self._driver.engine_pid)
 
 
 def _done(run: f.Run, end: Finished, made: int) -> f.Done:

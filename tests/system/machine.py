@@ -53,6 +53,9 @@ class Machine:
         self.models = root / "etc" / "models.d"
         self.models.mkdir(parents=True)
         self.http_port = 0
+        #: Of the daemon: added to this process's environment, and put before its command.
+        self.env: dict[str, str] = {}
+        self.prefix: tuple[str, ...] = ()
         self.daemon: subprocess.Popen[bytes] | None = None
         self._clients = contextlib.ExitStack()
         self.configure()
@@ -74,9 +77,11 @@ class Machine:
     def start(self, *, expect_failure: bool = False) -> None:
         """Start the daemon, and wait until it answers."""
         log = (self.root / "daemon.log").open("ab")
-        command = [sys.executable, "-m", "llmosd", "--root", str(self.root)]
+        command = [*self.prefix, sys.executable, "-m", "llmosd", "--root", str(self.root)]
         # From a directory of no meaning: nothing may depend on where it was started.
-        self.daemon = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd="/")
+        self.daemon = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd="/", env={**os.environ, **self.env}
+        )
         log.close()
         if expect_failure:
             return
@@ -95,6 +100,11 @@ class Machine:
     def client(self) -> llmos.Client:
         """A client of its own, closed with the machine."""
         return self._clients.enter_context(llmos.Client(str(self.runtime)))
+
+    @property
+    def url(self) -> str:
+        """Where the gateway is."""
+        return f"http://127.0.0.1:{self.http_port}"
 
     def log(self) -> str:
         return (self.root / "daemon.log").read_text(errors="replace")
@@ -134,7 +144,7 @@ class Machine:
                 worker = self.worker(name)
             except LlmosError:
                 return None
-            return worker if worker.state in states and worker.pid != not_pid else None
+            return worker if worker.state in states and (not not_pid or worker.pid != not_pid) else None
 
         return wait_for(f"worker {name} in {' or '.join(states)}", look)
 
@@ -153,6 +163,16 @@ class Machine:
             if (marked or grouped) and status not in (b"Z", b"X"):
                 found.append(int(directory.name))
         return found
+
+    def check_processes(self) -> None:
+        """Wait until there is no process besides those that `ps` shows, and nobody unreaped."""
+
+        def others() -> set[int]:
+            with llmos.Client(str(self.runtime)) as client:
+                shown = {pid for worker in client.ps() for pid in (worker.pid, worker.engine_pid)}
+            return set(self.processes()) - shown
+
+        wait_for("end of all other processes", lambda: not others() and not self.zombies())
 
     def zombies(self) -> list[int]:
         """Children of the daemon that ended and were not reaped."""
@@ -188,7 +208,7 @@ def machine() -> Iterator[Machine]:
     try:
         yield made
         if made.daemon is not None:
-            made.client.status()
+            assert made.client.status().counters["faults"] == 0, made.log()
             made._clients.close()
             assert made.stop() == 0, f"the daemon failed:\n{made.log()}"
             assert wait_for("end of all processes", lambda: not made.processes())

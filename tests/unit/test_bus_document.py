@@ -123,7 +123,9 @@ def test_times_and_sizes_are_those_of_the_code() -> None:
         if name.isupper() and isinstance(value, int | float) and not name.endswith("_UNKNOWN")
     }
     params = Params(epoch=1, seed=1, ticket_key=b"")
-    defaults = {name: float(getattr(params, name)) for name in ("body_max", "window", "answer_max", "resume_timeout")}
+    defaults = {
+        name: float(getattr(params, name)) for name in ("body_max", "window", "answer_max", "resume_timeout", "linger")
+    }
     assert documented == constants | defaults
 
 

@@ -17,6 +17,7 @@ import pytest
 from llmos import types
 from llmos.cli import main
 from llmos.cli.output import clean, size, span, table
+from llmos.cli.reference import markdown
 from tests.unit.fake_bus import WORDS
 from tests.unit.fake_daemon import REQUEST_ID, FakeDaemon
 
@@ -90,7 +91,7 @@ def test_ps_shows_workers_in_columns_with_a_long_why_last(llmos: Llmos) -> None:
 def test_ps_leaves_out_what_has_no_process_unless_asked(llmos: Llmos) -> None:
     assert "sim.1" not in llmos("ps").out
     assert "sim.1" in llmos("ps", "-a").out
-    assert "(simulated)" in llmos("ps", "-a", "-o", "wide").out
+    assert "(simulated)" in llmos("ps", "-a").out
 
 
 @pytest.mark.usefixtures("daemon")
@@ -146,7 +147,7 @@ def test_start_that_fails_gives_the_reason_and_the_last_words(llmos: Llmos) -> N
     *log, reason = outcome.err.splitlines()
     assert log[-2:] == [r"  | \x1b[2Jwiped", "  | last\twords"]
     assert len(log) == 10
-    assert reason == "llmos: bad.1 is failed: the engine ended with status 1. See `llmos logs bad.1`."
+    assert reason == "llmos: bad.1 has failed: the engine ended with status 1. See `llmos logs bad.1`."
 
 
 @pytest.mark.usefixtures("daemon")
@@ -422,6 +423,11 @@ def test_the_completion_script_names_the_command(llmos: Llmos, shell: str) -> No
 
 
 # -- the parts ------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_fresh() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+    assert page.read_text() == markdown(), "run: python -m llmos.cli.reference > docs/cli.md"
 
 
 def test_quantities_are_short() -> None:

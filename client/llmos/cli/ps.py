@@ -76,8 +76,7 @@ def worker_table(workers: Sequence[Worker], *, wide: bool = False) -> str:
         "UPTIME": [span(w.uptime) for w in workers],
     }
     if wide:
-        columns["DRIVER"] = [f"{w.driver} (simulated)" if w.simulated != (w.driver == "simulated") else w.driver
-                             for w in workers]  # fmt: skip
+        columns["DRIVER"] = [w.driver for w in workers]
         columns["ENGINE PID"] = [str(w.engine_pid or NONE) for w in workers]
         columns["RESIDENT"] = [size(w.memory_resident_bytes) for w in workers]
         columns["PROCESSES"] = [str(w.processes or NONE) for w in workers]
@@ -88,10 +87,13 @@ def worker_table(workers: Sequence[Worker], *, wide: bool = False) -> str:
 
 
 def why(worker: Worker) -> str:
-    """Why it is in its state, and how far it has come."""
+    """Why it is in its state, and how far it has come. An engine that computes nothing is never shown as a real one."""
+    words = [worker.why]
     if worker.state in ("loading", "waking", "starting") and 0 <= worker.progress < 1:
-        return f"{worker.progress:.0%} {worker.why}".strip()
-    return worker.why
+        words.insert(0, f"{worker.progress:.0%}")
+    if worker.simulated:
+        words.append("(simulated)")
+    return " ".join(filter(None, words))
 
 
 def request_table(requests: Sequence[Request], *, wide: bool = False) -> str:

@@ -9,10 +9,14 @@ request; `have_seq` is the number wanted next, and only that one is ever deliver
 out of order. Three things bring back what was lost:
 
 - a SUBMIT that was not ACCEPTED in time is sent again;
-- a HELLO lists every open request with its `have_seq`; the daemon answers with those it does not know, which are
-  submitted again with ticket and prefix, and has the workers repeat what is missing of the others. A HELLO is sent at
-  each new connection, on a gap in the numbers, and when an open request has been silent for long;
+- a HELLO lists open requests with their `have_seq`; the daemon answers with those it does not know, which are
+  submitted again with ticket and prefix, and has the workers repeat what is missing of the others. At each new
+  connection it lists all of them, later those with a gap in their numbers and those that were silent for long. With
+  it go what else may have been lost: their acknowledgements and cancellations;
 - a final that comes again for a request already ended is acknowledged again.
+
+All items of an answer come from one attempt. What an older one says is old news; and where a newer one begins after
+items of an older were delivered, the two need not be the same words, so the request ends as `worker_lost`.
 
 A final travels at once, so that the engine's slot is free however slowly the items before it are read; it is kept
 here until they have come.
@@ -26,6 +30,7 @@ from typing import Final
 import msgspec
 
 from llmos.protocol import frames as f
+from llmos.protocol.host import WINDOW_BYTES
 
 #: Seconds before an unanswered SUBMIT is sent again; doubles up to the maximum.
 RESEND_S: Final = 1.0
@@ -70,8 +75,8 @@ class _Open:
     """A request that has not ended."""
 
     __slots__ = (
-        "accepted", "acked", "body", "consumed", "deadline", "final", "have_seq", "heard_at", "prefix", "resend_at",
-        "resend_s", "submit", "ticket",
+        "accepted", "acked", "attempt", "body", "cancelled", "consumed", "deadline", "final", "have_seq", "heard_at",
+        "prefix", "resend_at", "resend_s", "submit", "ticket", "unacked_bytes",
     )  # fmt: skip
 
     def __init__(self, submit: f.Submit, body: bytes, deadline: float | None, now: float) -> None:
@@ -84,6 +89,11 @@ class _Open:
         #: Items that the application has taken, and those of them that were acknowledged.
         self.consumed = 0
         self.acked = 0
+        self.unacked_bytes = 0
+        #: The newest attempt that was heard of.
+        self.attempt = 0
+        #: The reason, once it was cancelled here: said again until the final comes.
+        self.cancelled: str | None = None
         self.ticket = b""
         self.accepted = False
         #: The final, when it came ahead of items that the window still holds back.
@@ -108,6 +118,8 @@ class ClientProtocol:
         self._incarnation = incarnation
         self._new_id = new_id
         self._open: dict[bytes, _Open] = {}
+        #: Requests that the next HELLO is to ask for.
+        self._missing: dict[bytes, None] = {}
         self._hello_at = -1e9
         #: Lower bound on the next moment at which `tick` has something to do.
         self._next_tick = float("inf")
@@ -123,7 +135,8 @@ class ClientProtocol:
 
     def cancel(self, rid: bytes, reason: str = "") -> None:
         """The answer is no longer wanted. The request still ends with an Ended, unless `forget` is called too."""
-        if rid in self._open:
+        if (request := self._open.get(rid)) is not None:
+            request.cancelled = reason
             self.outgoing.append(f.encode(f.Kind.CANCEL, rid, f.Cancel(reason)))
 
     def forget(self, rid: bytes) -> None:
@@ -135,11 +148,13 @@ class ClientProtocol:
         request = self._open.get(rid)
         if request is None:
             return
-        request.consumed += count
+        taken = request.prefix[request.consumed : request.consumed + count]
+        request.consumed += len(taken)
+        request.unacked_bytes += sum(map(len, taken))
         window = self.welcome.window if self.welcome else 2
-        if request.consumed - request.acked >= max(1, window // 2):
-            request.acked = request.consumed
-            self.outgoing.append(f.encode(f.Kind.ACK, rid, f.Ack(request.acked)))
+        # Well before either window of the host is full: it may wait for nothing else.
+        if request.consumed - request.acked >= max(1, window // 2) or request.unacked_bytes >= WINDOW_BYTES // 4:
+            self._acknowledge(rid, request)
 
     @property
     def open_requests(self) -> int:
@@ -149,29 +164,28 @@ class ClientProtocol:
 
     def connected(self, now: float) -> None:
         """A handshake succeeded: with a daemon that may be a new one."""
-        self._send_hello(now)
+        self._send_hello(tuple(self._open), now)
 
     def tick(self, now: float) -> list[Event]:
         """Send again what was not answered in time; end what is past its deadline."""
         if now < self._next_tick:
             return []
         events: list[Event] = []
-        quiet = False
         for rid, request in list(self._open.items()):
             if request.deadline is not None and now >= request.deadline + DEADLINE_GRACE_S:
                 self.cancel(rid, "deadline")
-                del self._open[rid]
                 message = "the deadline passed without an answer from the daemon"
-                failed = f.Failed(0, request.have_seq, f.Code.DEADLINE_EXCEEDED, message)
-                events.append(Ended(rid, failed, b""))
+                events.append(self._give_up(rid, request, f.Code.DEADLINE_EXCEEDED, message))
             elif not request.accepted and now >= request.resend_at:
                 request.resend_s = min(request.resend_s * 2, RESEND_MAX_S)
                 self._send_submit(rid, request, now)
             elif request.accepted and now >= request.heard_at + self._patience(request):
                 request.heard_at = now
-                quiet = True
-        if quiet:
-            self._gap(now)
+                self._missing[rid] = None
+            elif request.cancelled is not None and now >= request.resend_at:
+                request.resend_at = now + RESEND_S
+                self.cancel(rid, request.cancelled)
+        self._ask(now)
         self._next_tick = self._earliest(now)
         return events
 
@@ -211,8 +225,12 @@ class ClientProtocol:
         if isinstance(header, f.Accepted):
             first = not request.accepted
             request.accepted, request.ticket = True, header.ticket
+            request.resend_s = RESEND_S
             return [Accepted(rid, header.position)] if first else []
         assert isinstance(header, f.Done | f.Failed)
+        if header.attempt and not self._is_of_one_answer(request, header.attempt):
+            return self._mixed(rid, request, header.attempt)
+        request.accepted = True
         request.final = Ended(rid, header, b"".join(message.payload))
         self._next_tick = min(self._next_tick, now + MISSING_S)
         return self._end(rid, request)
@@ -228,12 +246,15 @@ class ClientProtocol:
 
     def _chunk(self, rid: bytes, request: _Open, header: f.Chunk, payload: list[bytes], now: float) -> list[Event]:
         request.accepted = True
+        if header.attempt != request.attempt and not self._is_of_one_answer(request, header.attempt):
+            return self._mixed(rid, request, header.attempt)
         skip = request.have_seq - header.first_seq
         if skip >= header.count:
             self.duplicates += header.count
             return []
         if skip < 0:
-            self._gap(now)
+            self._missing[rid] = None
+            self._ask(now)
             return []
         if len(payload) != 1:
             raise f.FrameError("payload", f"CHUNK has {len(payload)} payloads, not 1")
@@ -243,9 +264,36 @@ class ClientProtocol:
         request.have_seq += len(items)
         return [Items(rid, items, header.tokens), *self._end(rid, request)]
 
-    def _gap(self, now: float) -> None:
+    def _is_of_one_answer(self, request: _Open, attempt: int) -> bool:
+        """Whether what this attempt makes belongs to the items that were delivered."""
+        if attempt < request.attempt or (attempt > request.attempt and request.have_seq):
+            return False
+        if attempt > request.attempt:
+            request.attempt, request.final = attempt, None
+        return True
+
+    def _mixed(self, rid: bytes, request: _Open, attempt: int) -> list[Event]:
+        """An attempt speaks whose items do not go with those delivered."""
+        if attempt < request.attempt:
+            self.duplicates += 1
+            return []
+        self.cancel(rid, "begun again")
+        message = f"the request was begun again after {request.have_seq} items of its answer had come"
+        return [self._give_up(rid, request, f.Code.WORKER_LOST, message)]
+
+    def _give_up(self, rid: bytes, request: _Open, code: f.Code, message: str) -> Ended:
+        """End a request from here. What the daemon still says of it is acknowledged and dropped."""
+        del self._open[rid]
+        return Ended(rid, f.Failed(0, request.have_seq, code, message), b"")
+
+    def _ask(self, now: float) -> None:
+        """Ask for what is missing: now, or when the last HELLO is long enough ago."""
+        if not self._missing:
+            return
         if now >= self._hello_at + GAP_S:
-            self._send_hello(now)
+            self._send_hello(tuple(self._missing), now)
+        else:
+            self._next_tick = min(self._next_tick, self._hello_at + GAP_S)
 
     def _patience(self, request: _Open) -> float:
         """Seconds of silence after which to ask for news of a request."""
@@ -253,12 +301,21 @@ class ClientProtocol:
         held_back = request.have_seq - request.acked >= window // 2
         return SILENCE_S if request.final is None or held_back else MISSING_S
 
-    def _send_hello(self, now: float) -> None:
+    def _send_hello(self, rids: tuple[bytes, ...], now: float) -> None:
         self._hello_at = now
-        open_requests = tuple(
-            f.OpenRequest(rid, request.have_seq, request.ticket) for rid, request in self._open.items()
-        )
-        self.outgoing.append(f.encode(f.Kind.HELLO, b"", f.ClientHello(self._incarnation, open_requests)))
+        self._missing.clear()
+        asked = [(rid, self._open[rid]) for rid in rids if rid in self._open]
+        waiting = tuple(f.OpenRequest(rid, request.have_seq, request.ticket) for rid, request in asked)
+        self.outgoing.append(f.encode(f.Kind.HELLO, b"", f.ClientHello(self._incarnation, waiting)))
+        for rid, request in asked:
+            self._acknowledge(rid, request)
+
+    def _acknowledge(self, rid: bytes, request: _Open) -> None:
+        """Say, or say again, how far the application has come."""
+        if request.consumed:
+            request.acked = request.consumed
+            request.unacked_bytes = 0
+            self.outgoing.append(f.encode(f.Kind.ACK, rid, f.Ack(request.acked)))
 
     def _send_submit(self, rid: bytes, request: _Open, now: float) -> None:
         request.accepted = False
@@ -279,12 +336,17 @@ class ClientProtocol:
             )
         payload = [request.body, b"".join(request.prefix)] if request.prefix else [request.body]
         self.outgoing.append(f.encode(f.Kind.SUBMIT, rid, header, *payload))
+        self._acknowledge(rid, request)
 
     def _earliest(self, now: float) -> float:
         earliest = float("inf")
         for request in self._open.values():
             due = request.heard_at + self._patience(request) if request.accepted else request.resend_at
+            if request.cancelled is not None:
+                due = min(due, request.resend_at)
             if request.deadline is not None:
                 due = min(due, request.deadline + DEADLINE_GRACE_S)
             earliest = min(earliest, due)
+        if self._missing:
+            earliest = min(earliest, self._hello_at + GAP_S)
         return max(earliest, now + GAP_S)

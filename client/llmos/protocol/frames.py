@@ -10,15 +10,19 @@ Everything that arrives is hostile until `decode` has returned.
 from __future__ import annotations
 
 import enum
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 VERSION: Final = 1
 REQUEST_ID_BYTES: Final = 16
 IDENTITY_BYTES: Final = 16
 #: Fields whose text comes from outside and is kept: names, tenants, keys.
 NAME_CHARS_MAX: Final = 256
+#: Numbers of a header: what a double holds exactly, so that nobody who counts on overflows.
+Number = Annotated[int, Meta(ge=0, le=2**53)]
+Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 
 
 class Kind(enum.IntEnum):
@@ -78,7 +82,7 @@ class OpenRequest(Header, frozen=True, array_like=True, gc=False):
 
     rid: bytes
     #: Answer items the client already holds: it wants number `have_seq` next.
-    have_seq: int
+    have_seq: Number
     ticket: bytes = b""
 
 
@@ -89,13 +93,13 @@ class ClientHello(Header, frozen=True, array_like=True, gc=False):
 
 class Welcome(Header, frozen=True, array_like=True, gc=False):
     #: Differs between two lives of the daemon.
-    epoch: int
+    epoch: Number
     #: Largest body a SUBMIT may carry, in bytes.
-    body_max: int
+    body_max: Number
     #: Answer items a worker may have under way to one client, unacknowledged.
-    window: int
+    window: Number
     #: Largest answer that is kept for a request, in bytes.
-    answer_max: int
+    answer_max: Number
     #: Of the HELLO's open requests, those this daemon does not know: submit them again.
     unknown: tuple[bytes, ...] = ()
 
@@ -108,86 +112,86 @@ class Submit(Header, frozen=True, array_like=True, gc=False):
     stream: bool = False
     tenant: str = ""
     #: Larger is sooner; 0 is normal.
-    priority: int = 0
+    priority: Priority = 0
     #: Time left to the request when this was sent; 0: the model's own request_timeout.
-    remaining_ms: int = 0
+    remaining_ms: Number = 0
     idempotency_key: str = ""
     seed: int | None = None
     #: ``id`` and ``created`` of the rendered answer, so that a second run renders the same bytes.
     response_id: str = ""
-    created: int = 0
-    have_seq: int = 0
+    created: Number = 0
+    have_seq: Number = 0
     ticket: bytes = b""
     #: Lengths in bytes of the answer items in the prefix, the message's second payload.
-    prefix_sizes: tuple[int, ...] = ()
+    prefix_sizes: tuple[Number, ...] = ()
 
 
 class Accepted(Header, frozen=True, array_like=True, gc=False):
     #: Signed place in the queue, good at the next daemon too.
     ticket: bytes
     #: Requests ahead of this one when it was accepted.
-    position: int
+    position: Number
 
 
 class Run(Header, frozen=True, array_like=True, gc=False):
     #: Fences: what an older attempt says is dropped.
-    attempt: int
+    attempt: Number
     #: Number of the first answer item this attempt makes, or is asked to send again.
-    first_seq: int
+    first_seq: Number
     path: str
     stream: bool
     seed: int | None = None
     response_id: str = ""
-    created: int = 0
-    remaining_ms: int = 0
+    created: Number = 0
+    remaining_ms: Number = 0
     #: Upper bound on generated tokens; 0: none.
-    max_tokens: int = 0
+    max_tokens: Number = 0
     #: Where an earlier attempt stopped, in the driver's own terms; empty: from the beginning.
     continuation: bytes = b""
     #: Tokens after which the host may yield; 0: to the end.
-    quantum: int = 0
+    quantum: Number = 0
 
 
 class Chunk(Header, frozen=True, array_like=True, gc=False):
-    attempt: int
-    first_seq: int
+    attempt: Number
+    first_seq: Number
     #: Answer items in the payload: numbers first_seq … first_seq + count - 1.
-    count: int
+    count: Number
     #: Lengths of the items in bytes, when there are several.
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[Number, ...] = ()
     #: Tokens that the items stand for.
-    tokens: int = 0
-    token_ids: tuple[int, ...] = ()
+    tokens: Number = 0
+    token_ids: tuple[Number, ...] = ()
 
 
 class Yield(Header, frozen=True, array_like=True, gc=False):
-    attempt: int
-    next_seq: int
+    attempt: Number
+    next_seq: Number
     continuation: bytes = b""
 
 
 class Done(Header, frozen=True, array_like=True, gc=False):
-    attempt: int
+    attempt: Number
     #: Its own number: the last item's plus one.
-    seq: int
+    seq: Number
     #: HTTP status of the answer and its content type; the payload is what was not sent in chunks.
-    status: int = 200
+    status: Number = 200
     content_type: str = "application/json"
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Number = 0
+    completion_tokens: Number = 0
     #: True when the engine reported the counts, False when the host counted.
     tokens_exact: bool = False
 
 
 class Failed(Header, frozen=True, array_like=True, gc=False):
     #: 0: the daemon says so itself; items that were not delivered are lost.
-    attempt: int
-    seq: int
+    attempt: Number
+    seq: Number
     code: str
     message: str
     #: HTTP status of the engine's own error, 0 where there was none.
-    status: int = 0
-    retry_after_ms: int = 0
+    status: Number = 0
+    retry_after_ms: Number = 0
     content_type: str = ""
 
 
@@ -197,7 +201,7 @@ class Cancel(Header, frozen=True, array_like=True, gc=False):
 
 class Ack(Header, frozen=True, array_like=True, gc=False):
     #: Every item with a smaller number has arrived. Past the final's number: all is done.
-    seq: int
+    seq: Number
 
 
 class Empty(Header, frozen=True, array_like=True, gc=False):
@@ -208,10 +212,10 @@ class HeldRequest(Header, frozen=True, array_like=True, gc=False):
     """A request whose answer, or part of it, a host still holds."""
 
     rid: bytes
-    attempt: int
+    attempt: Number
     #: Number of the oldest item kept, and of the next to be made.
-    kept_from: int
-    next_seq: int
+    kept_from: Number
+    next_seq: Number
     #: The last item has been made.
     final: bool
 
@@ -220,9 +224,9 @@ class WorkerHello(Header, frozen=True, array_like=True, gc=False):
     incarnation: bytes
     #: The secret that the daemon gave this worker when it spawned it.
     token: bytes
-    pid: int
+    pid: Number
     phase: str
-    slots: int
+    slots: Number
     requests: tuple[HeldRequest, ...] = ()
 
 
@@ -230,9 +234,9 @@ class Status(Header, frozen=True, array_like=True, gc=False):
     phase: str
     #: Share of the load that is done, 0 to 1, or -1 where the engine does not tell.
     progress: float = -1.0
-    slots: int = 0
+    slots: Number = 0
     detail: str = ""
-    engine_pid: int = 0
+    engine_pid: Number = 0
 
 
 #: Which header each kind has: (sent towards the daemon, sent by the daemon to a client, sent by it to a worker).

@@ -11,7 +11,8 @@ again from first_seq". An attempt with a higher number replaces the one before i
 read to its end all the same, up to `answer_max`; the final does not wait for the window, so the slot is free at once.
 
 While anything is held here, a HELLO every HEARTBEAT_S says what: the daemon asks for what it misses with a RUN of the
-same attempt, and gives RELEASE for what nobody wants. No other message is ever repeated by this side.
+same attempt, and gives RELEASE for what nobody wants. No other message is ever repeated by this side. A RUN without a
+body asks only to send again; where nothing is held any more it is answered with FAILED, and the engine is not asked.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class StartRun(msgspec.Struct, frozen=True):
 
 
 class StopRun(msgspec.Struct, frozen=True):
-    """Take this request away from the engine, now. Nothing that it still says counts."""
+    """Take this request away from the engine, now. Its end is settled here: nothing that it still says counts."""
 
     rid: bytes
     attempt: int
@@ -88,6 +89,7 @@ class _Held:
         self.final: f.Done | f.Failed | None = None
         self.final_kind = f.Kind.DONE
         self.final_payload = b""
+        #: When the final was made, or an acknowledgement came after it.
         self.final_at = 0.0
         #: The final is to be sent, for the first time or again.
         self.final_due = False
@@ -106,7 +108,8 @@ class HostProtocol:
         self._token = token
         self._pid = pid
         self._held: dict[bytes, _Held] = {}
-        self._dirty: set[bytes] = set()
+        #: Requests of which something is to be sent, in order.
+        self._dirty: dict[bytes, None] = {}
         self._window = WINDOW_UNKNOWN
         self._answer_max = ANSWER_MAX_UNKNOWN
         self._beat_at = 0.0
@@ -145,7 +148,7 @@ class HostProtocol:
             return self._cancel(rid, header.reason)
         if isinstance(header, f.Welcome):
             self._window, self._answer_max, self._welcomed = header.window, header.answer_max, True
-            self._dirty.update(self._held)
+            self._dirty.update(dict.fromkeys(self._held))
             self._say_status()
             return []
         if message.kind is f.Kind.HELLO:
@@ -173,7 +176,7 @@ class HostProtocol:
         held.items.append(_Item(payload, tokens))
         held.kept_bytes += len(payload)
         held.next_seq += 1
-        self._dirty.add(rid)
+        self._dirty[rid] = None
         return True
 
     def done(self, rid: bytes, attempt: int, done: f.Done, payload: bytes, now: float) -> None:
@@ -238,10 +241,15 @@ class HostProtocol:
             under_way = islice(held.items, held.sent_seq - held.acked)
             held.sent_bytes = sum(len(item.payload) for item in under_way)
             held.final_due = held.final is not None
-            self._dirty.add(rid)
+            self._dirty[rid] = None
             return []
-        self._held[rid] = _Held(run.attempt, run.first_seq)
-        start = StartRun(rid, run, payload[0] if payload else b"")
+        self._held[rid] = _Held(run.attempt, max(0, run.first_seq))
+        if not payload:
+            message = "the answer is not kept here any more"
+            failed = f.Failed(run.attempt, 0, f.Code.WORKER_LOST, message)
+            self._finish(rid, run.attempt, f.Kind.FAILED, failed, b"", self._now)
+            return [] if held is None or held.final else [StopRun(rid, held.attempt, "replaced by a later attempt")]
+        start = StartRun(rid, run, payload[0])
         if held is not None and held.final is None:
             return [StopRun(rid, held.attempt, "replaced by a later attempt"), start]
         return [start]
@@ -260,13 +268,17 @@ class HostProtocol:
                 held.sent_bytes -= size
             held.acked += 1
         held.sent_seq = max(held.sent_seq, held.acked)
-        self._dirty.add(rid)
+        held.final_at = max(held.final_at, self._now)  # a slow reader is a reader
+        self._dirty[rid] = None
 
     def _cancel(self, rid: bytes, reason: str) -> list[Command]:
         held = self._held.get(rid)
         if held is None or held.final is not None:
             return []
-        return [StopRun(rid, held.attempt, reason or "cancelled")]
+        code = f.Code.DEADLINE_EXCEEDED if reason == f.Code.DEADLINE_EXCEEDED else f.Code.CANCELLED
+        failed = f.Failed(held.attempt, 0, code, reason or code)
+        self._finish(rid, held.attempt, f.Kind.FAILED, failed, b"", self._now)
+        return [StopRun(rid, held.attempt, reason or code)]
 
     def _current(self, rid: bytes, attempt: int) -> _Held | None:
         held = self._held.get(rid)
@@ -284,7 +296,7 @@ class HostProtocol:
         held.final = msgspec.structs.replace(final, attempt=attempt, seq=held.next_seq)
         held.final_kind, held.final_payload, held.final_at = kind, payload, now
         held.final_due = True
-        self._dirty.add(rid)
+        self._dirty[rid] = None
 
     def _too_large(self, rid: bytes, attempt: int) -> None:
         message = f"the answer is larger than answer_max, {self._answer_max} bytes"
@@ -295,8 +307,8 @@ class HostProtocol:
         stop = min(len(held.items), self._window)
         batch: list[_Item] = []
         for item in islice(held.items, start, stop):
-            # One item always goes, however large, or the stream would stand still.
-            if held.sent_bytes and held.sent_bytes + len(item.payload) > WINDOW_BYTES:
+            # The last item may reach beyond the window: one larger than what is left must not wait for ever.
+            if held.sent_bytes >= WINDOW_BYTES:
                 break
             held.sent_bytes += len(item.payload)
             batch.append(item)

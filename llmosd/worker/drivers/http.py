@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import msgspec
 
 from llmos.protocol import frames as f
 from llmosd.worker.drivers import Call, EngineBrokeOff, EngineEnded, Finished, Item, Progress, RequestFailed
-from llmosd.worker.drivers.render import decode_body
+from llmosd.worker.drivers.render import CHAT, COMPLETIONS, decode_body
 
 #: An answer, or one line of a stream, that is larger is not read on.
 ANSWER_MAX: Final = 64 << 20
@@ -70,7 +70,7 @@ class HttpEngine:
     async def close(self) -> None:
         await self._session.close()
 
-    async def run(self, call: Call) -> AsyncIterator[Item | Finished]:
+    async def run(self, call: Call) -> AsyncGenerator[Item | Finished, None]:
         body, wants_usage = self._rewritten(call)
         headers = {"content-type": "application/json"}
         try:
@@ -114,8 +114,10 @@ class HttpEngine:
     ) -> AsyncIterator[Item | Finished]:
         """Each event's data as an answer item, with our id, time and model name in it, so that a rerun looks alike."""
         prompt_tokens = completion_tokens = -1
+        complete = call.path not in (CHAT, COMPLETIONS)
         async for data in _server_sent(answer):
             if data == b"[DONE]":
+                complete = True
                 break
             try:
                 event = msgspec.json.decode(data)
@@ -138,7 +140,11 @@ class HttpEngine:
             if call.response_id:
                 event["id"], event["created"] = call.response_id, call.created
             event["model"] = self._model
+            complete = complete or _says_finished(event)
             yield Item(msgspec.json.encode(event), tokens=1 if event.get("choices") else 0)
+        if not complete:
+            # Without a length and without chunks, an engine's death reads like the end of its answer.
+            raise EngineBrokeOff(f.Code.ENGINE_ERROR, "the engine broke off in the middle of its stream", status=502)
         yield Finished(
             prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, content_type="text/event-stream"
         )
@@ -171,6 +177,14 @@ def read_key(path: str) -> dict[str, str]:
         return {"authorization": f"Bearer {Path(path).read_text().strip()}"}
     except OSError as error:
         raise EngineEnded(f"cannot read api_key_file {path}: {error.strerror}") from error
+
+
+def _says_finished(event: dict[str, Any]) -> bool:
+    """Whether an event is the last of its answer, for engines that do not say [DONE]."""
+    choices = event.get("choices")
+    return isinstance(choices, list) and any(
+        isinstance(choice, dict) and choice.get("finish_reason") for choice in choices
+    )
 
 
 def _count(value: object) -> int:

@@ -83,15 +83,14 @@ class LlamaCppEngine(ProcessEngine):
             command += ["--chat-template", engine.chat_template]
         return [*command, *engine.args]
 
-    async def run(self, call: Call) -> AsyncIterator[Item | Finished]:
+    def run(self, call: Call) -> AsyncIterator[Item | Finished]:
         if call.path == CHAT and not self._has_template:
             message = (
                 f"model {self.config.model} has no chat template: it completes text and was not made for chat. "
                 "Use /v1/completions, or set engine.chat_template in its model file."
             )
             raise RequestFailed(f.Code.UNSUPPORTED, message, status=400)
-        async for piece in super().run(call):
-            yield piece
+        return super().run(call)
 
 
 def find_weights(name: str, search: tuple[str, ...]) -> Path:

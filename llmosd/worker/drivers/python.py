@@ -48,7 +48,7 @@ class PythonEngine:
         try:
             module = _import_file(place, self._search) if place.endswith(".py") else importlib.import_module(place)
             return getattr(module, name)  # type: ignore[no-any-return]
-        except Exception as error:  # whatever the user's module raises is the reason it cannot run
+        except (Exception, SystemExit) as error:  # whatever the user's module raises is the reason it cannot run
             raise EngineEnded(f"cannot load {self._engine.function}: {type(error).__name__}: {error}") from error
 
     async def ended(self) -> str:

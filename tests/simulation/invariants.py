@@ -1,0 +1,162 @@
+"""What must hold after every step of the kernel, whatever happened; and what must hold once the world is quiet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from llmos.protocol import frames as f
+from llmosd.kernel import effects as do
+from llmosd.kernel.kernel import Kernel
+from llmosd.kernel.lifecycle import ALIVE, State
+from llmosd.kernel.requests import OPEN, RequestState
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+#: States that only something from outside or another worker's end leads out of.
+_CHUNK, _DONE, _FAILED = map(msgspec.msgpack.Decoder, (f.Chunk, f.Done, f.Failed))
+PATIENT = frozenset({State.STOPPED, State.FAILED, State.READY, State.FROZEN, State.ASLEEP})
+
+
+def check(world: World, kernel: Kernel) -> None:
+    check_ledger(kernel)
+    check_workers(kernel)
+    check_requests(kernel)
+    check_dispatch(kernel)
+    check_processes(world, kernel)
+
+
+def check_ledger(kernel: Kernel) -> None:
+    """Nothing is given away twice, and whoever lives holds what it was given."""
+    if not kernel.fleet.counted:
+        return  # it does not know yet what there is
+    ledger = kernel.ledger()
+    assert ledger.free.millicpus >= 0, "CPUs are over-committed"
+    assert ledger.free.memory_bytes >= 0, "memory is over-committed"
+    assert all(gpu.memory_bytes >= 0 for gpu in ledger.free.gpus), "a GPU is over-committed"
+    for worker in kernel.fleet.workers.values():
+        held = kernel.fleet.ledger.grant_of(worker.name) is not None
+        assert held == (worker.state in ALIVE), f"{worker.name} is {worker.state} and its grant is {held}"
+
+
+def check_workers(kernel: Kernel) -> None:
+    timers = kernel._timers
+    for name, worker in kernel.fleet.workers.items():
+        model = kernel.fleet.models[worker.model]
+        assert model.workers[name] is worker
+        if worker.state not in PATIENT:
+            assert ("state", name) in timers, f"{name} is {worker.state} and nothing will ever end that"
+        if worker.state not in ALIVE:
+            assert not worker.requests, f"{name} is {worker.state} and has requests"
+            assert worker.peer not in kernel.fleet.by_peer or kernel.fleet.by_peer[worker.peer] is not worker
+        if worker.unheard:
+            assert worker.state in ALIVE
+        if worker.running and worker.state in (State.READY, State.DRAINING):
+            assert ("silence", name) in timers, f"{name} works and nobody listens"
+        unfinished = sum(request.final_seq < 0 for request in worker.requests.values())
+        assert worker.running == unfinished, f"{name} counts {worker.running} requests and has {unfinished}"
+
+
+def check_requests(kernel: Kernel) -> None:
+    """Each request is in exactly one place, and none is forgotten by time."""
+    table, fleet = kernel.table, kernel.fleet
+    still_open = 0
+    for rid, request in table.requests.items():
+        still_open += request.state in OPEN
+        model = fleet.models.get(request.model)
+        queued = model is not None and any(waiting is request for waiting in model.queue)
+        parked = model is not None and request.rid in model.parked
+        if request.state is RequestState.RUNNING:
+            assert request.worker is not None
+            assert fleet.workers[request.worker].requests[rid] is request
+            assert request.final_seq < 0
+            assert not queued
+            assert not parked
+        elif request.state in OPEN:
+            assert queued != parked, f"{request.key} waits in {queued + parked} places"
+            assert request.worker is None
+        else:
+            assert not queued
+            assert not parked
+            assert request.final_seq >= 0
+            assert request.final is not None or request.worker is not None, f"{request.key} lost its final"
+            assert rid in kernel._timers, f"{request.key} has ended and would be kept for ever"
+        if request.worker is not None:
+            assert rid in fleet.workers[request.worker].requests
+        if request.peer is None:
+            assert ("away", rid) in kernel._timers, f"{request.key} waits for ever for its client"
+        else:
+            assert table.by_peer[request.peer][rid] is request
+    assert table.open == still_open
+    assert sum(map(len, table.by_peer.values())) == sum(r.peer is not None for r in table.requests.values())
+    assert sum(len(w.requests) for w in fleet.workers.values()) == sum(
+        request.worker is not None for request in table.requests.values()
+    )
+
+
+def check_dispatch(kernel: Kernel) -> None:
+    """No request waits while a slot that could serve it is idle; a queue keeps its bound."""
+    for model in kernel.fleet.models.values():
+        fresh = sum(not (request.losses or request.submit.ticket) for request in model.queue)
+        assert fresh <= model.spec.limits.queue_max, f"{fresh} requests wait for {model.spec.model}"
+        if model.parked:
+            assert any(worker.unheard for worker in model.workers.values()), "parked for nothing"
+        if len(model.queue):
+            for worker in model.workers.values():
+                idle = worker.state is State.READY and worker.running < worker.slots
+                assert not idle, f"{worker.name} has a free slot and {len(model.queue)} requests wait"
+    assert not kernel.fleet.changed
+
+
+def check_processes(world: World, kernel: Kernel) -> None:
+    """Every process has a worker, every live worker a process; what a process uses stays reserved until it is gone."""
+    if not kernel.fleet.counted:
+        return  # it is still being told what lives
+    groups = world.node.groups
+    alive = {(w.name, w.incarnation) for w in kernel.fleet.workers.values() if w.state in ALIVE}
+    assert alive == set(groups), f"workers {sorted(alive)}, processes {sorted(groups)}"
+    for group in groups.values():
+        assert kernel.fleet.ledger.grant_of(group.worker) == group.grant
+
+
+def check_to_client(world: World, effect: do.ToClient) -> None:
+    """What a stale attempt made never goes to a client."""
+    if isinstance(effect.header, bytes):
+        assert world.kernel is not None
+        decoder = {f.Kind.CHUNK: _CHUNK, f.Kind.DONE: _DONE, f.Kind.FAILED: _FAILED}[effect.kind]
+        attempt = decoder.decode(effect.header).attempt
+        assert attempt == world.kernel.table.requests[effect.rid].attempt, "a stale attempt's words are passed on"
+
+
+def check_to_worker(world: World, effect: do.ToWorker) -> None:
+    """No two workers are at work on one request. One that was told to stop may not have heard it."""
+    if effect.kind is f.Kind.RELEASE:
+        world.released.add((effect.peer, effect.rid))
+    if effect.kind is not f.Kind.RUN or not effect.payload:
+        return
+    assert world.kernel is not None
+    request = world.kernel.table.requests[effect.rid]
+    for group in world.node.groups.values():
+        if group.host is None or group.status is not None or group.peer == effect.peer or group.killed:
+            continue
+        at_work = effect.rid in group.host.running and (group.peer, effect.rid) not in world.released
+        # A request whose ACCEPTED was lost has no ticket, and so nothing says that it may run already.
+        assert not at_work or (world.life > 1 and not request.submit.ticket), f"two work on {request.key}"
+
+
+def check_settled(world: World) -> None:
+    """Whatever was asked for has ended, and nothing is left over."""
+    for client in world.clients:
+        waiting = {rid.hex(): (client.protocol._open[rid].have_seq) for rid in client.protocol._open}
+        assert not waiting, f"requests wait for ever: {waiting}"
+        assert not client.requests
+    kernel = world.kernel
+    assert kernel is not None
+    left = [(request.key, request.state, request.worker) for request in kernel.table.requests.values()]
+    assert not left, f"the kernel keeps {left}"
+    for group in world.node.groups.values():
+        if group.host is not None:
+            assert not group.host.running, f"the engine of {group.worker} works on what nobody wants"
+            assert not group.host.protocol.kept, f"{group.worker} keeps {group.host.protocol.kept} answers for nobody"

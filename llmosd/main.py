@@ -15,6 +15,7 @@ import uvloop
 from llmosd import __version__, notify, settings
 from llmosd.daemon import Daemon
 from llmosd.declared import DeclarationError
+from llmosd.gateway.keys import Keys
 from llmosd.kernel.units import encode_quantity
 from llmosd.runtime import AlreadyRunning
 
@@ -44,7 +45,7 @@ def main(context: click.Context, root: Path | None, runtime_dir: Path | None) ->
 def config(directories: settings.Directories) -> None:
     """Check llmosd.toml and print what is in force."""
     try:
-        read = settings.read(directories.config / "llmosd.toml")
+        read = _read(directories)
     except DeclarationError as error:
         sys.exit(f"llmosd: {error}")
     shown = {"directories": {name: str(getattr(directories, name)) for name in directories.__struct_fields__}}
@@ -52,10 +53,25 @@ def config(directories: settings.Directories) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
 
 
+def _read(directories: settings.Directories) -> settings.Settings:
+    """The settings in force. Raises DeclarationError, also for keys that the gateway could not read later."""
+    file = directories.config / "llmosd.toml"
+    read = settings.read(file)
+    if read.gateway.enabled:
+        path = read.gateway.api_keys_file
+        try:
+            Keys(path)
+        except OSError as error:
+            raise DeclarationError(f"{file}: gateway.api_keys_file: {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise DeclarationError(f"{file}: gateway.api_keys_file: {error}") from None
+    return read
+
+
 def _run(directories: settings.Directories) -> int:
     try:
         directories.make()
-        read = settings.read(directories.config / "llmosd.toml")
+        read = _read(directories)
     except (DeclarationError, OSError) as error:
         click.echo(f"llmosd: {error}", err=True)
         return 1

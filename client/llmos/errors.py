@@ -107,6 +107,11 @@ _BY_CODE: Final[dict[str, type[LlmosError]]] = {
     f.Code.INTERNAL: InternalError,
 }
 
+_WORDS: Final[dict[str, str]] = {
+    f.Code.DEADLINE_EXCEEDED: "its time ran out before the answer was complete",
+    f.Code.CANCELLED: "the request was cancelled",
+}
+
 #: gRPC's canonical status codes, by name.
 _BY_STATUS: Final[dict[str, type[LlmosError]]] = {
     "NOT_FOUND": NotFound,
@@ -128,9 +133,16 @@ _BY_STATUS: Final[dict[str, type[LlmosError]]] = {
 }
 
 
+def explained(failed: f.Failed) -> str:
+    """What a FAILED says, in words where it has none of its own but its code."""
+    if failed.message not in ("", failed.code):
+        return failed.message
+    return _WORDS.get(failed.code, f"the request failed: {failed.code}")
+
+
 def from_failed(failed: f.Failed, payload: bytes = b"") -> LlmosError:
     """The exception for the FAILED with which a request ended on the bus."""
-    message = failed.message or f"the request failed: {failed.code}"
+    message = explained(failed)
     if failed.code == f.Code.QUEUE_FULL:
         return QueueFull(message, failed.retry_after_ms / 1000)
     if failed.code == f.Code.ENGINE_ERROR:

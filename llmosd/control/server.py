@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -14,6 +16,14 @@ from llmosd.control.service import ControlService
 
 #: Far above any honest call.
 MESSAGE_MAX = 4 << 20
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """A message that is no protobuf has been answered, and is worth a line, not a traceback."""
+    problem = record.exc_info[1] if record.exc_info else None
+    if isinstance(problem, DecodeError):
+        record.msg, record.args, record.exc_info = f"control plane: {problem}", (), None
+    return True
 
 
 class ControlServer:
@@ -36,6 +46,7 @@ class ControlServer:
         )
         reflection.enable_server_reflection(names, self._server)
         self._names = ("", names[0])
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_shorten)
 
     async def start(self) -> None:
         """Raises RuntimeError when the address cannot be bound."""

@@ -54,15 +54,15 @@ async def read(request: aiohttp.web.BaseRequest, body_max: int) -> bytes:
 def decode(body: bytes) -> Routed:
     """Raises BadBody with what is wrong, in the words of OpenAI's API."""
     try:
-        return _decode(body)
-    except msgspec.ValidationError:
-        field, message = _wrong(msgspec.json.decode(body))
-        raise BadBody(400, message, code="invalid_value", param=field) from None
+        try:
+            return _decode(body)
+        except msgspec.ValidationError:
+            field, message = _wrong(msgspec.json.decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
         why = str(problem) if body.strip() else "it is empty"
-        raise BadBody(
-            400, f"the body is not JSON: {why}; expected an object with a 'model'", code="invalid_json"
-        ) from None
+        message = f"the body is not JSON: {why}; expected an object with a 'model'"
+        raise BadBody(400, message, code="invalid_json") from None
+    raise BadBody(400, message, code="invalid_value", param=field)
 
 
 def _wrong(body: Any) -> tuple[str | None, str]:

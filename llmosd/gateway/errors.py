@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
+from llmos.errors import explained
 from llmos.protocol import frames as f
 
 #: HTTP status and OpenAI's error type for each of the bus's codes.
@@ -54,7 +55,7 @@ def failed(final: f.Failed, payload: bytes) -> web.Response:
     if payload and final.content_type == "application/json" and _is_openai_error(payload):
         return web.Response(status=status, body=payload, content_type="application/json")
     code = _CODES.get(final.code, final.code)
-    response = error(status, final.message, kind=kind, code=code)
+    response = error(status, explained(final), kind=kind, code=code)
     if final.code == f.Code.DEADLINE_EXCEEDED:
         # OpenAI's client would ask again otherwise, and wait as long again.
         response.headers["X-Should-Retry"] = "false"
@@ -66,7 +67,7 @@ def failed(final: f.Failed, payload: bytes) -> web.Response:
 def failed_event(final: f.Failed) -> bytes:
     """The last event of a stream that fails after it has begun."""
     _, kind = _STATUS.get(final.code, (500, "server_error"))
-    return error_body(final.message, kind, _CODES.get(final.code, final.code))
+    return error_body(explained(final), kind, _CODES.get(final.code, final.code))
 
 
 def _is_openai_error(payload: bytes) -> bool:

@@ -17,7 +17,7 @@ class Keys:
         self.required = bool(path)
         if not path:
             return
-        for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(_lines(path), 1):
             words = line.partition("#")[0].strip()
             if not words:
                 continue
@@ -41,3 +41,10 @@ class Keys:
             if hmac.compare_digest(key, given.strip().encode("utf-8", "surrogateescape")):
                 found = tenant
         return found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}") from None

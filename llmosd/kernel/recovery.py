@@ -18,7 +18,8 @@ from llmosd.kernel.worker import Model, Worker
 
 #: Seconds after a RUN in which a HELLO that lacks the request proves nothing: it may have been sent before.
 CROSSING_S: Final = 0.5
-ATTEMPT_MAX: Final = 1 << 62
+#: A frame carries numbers up to 2**53.
+ATTEMPT_MAX: Final = 1 << 52
 
 
 class Recovery:

@@ -100,7 +100,8 @@ class Routing:
 
     def client_lost(self, peer: bytes, why: str, now: float) -> None:
         """Nobody waits for these answers any more."""
-        self.owners.pop(peer, None)
+        if self.owners.pop(peer, None) is not None:
+            self._out.append(do.UnwatchClient(peer))
         self._abandon(list(self._table.by_peer.get(peer, {}).values()), why, now)
 
     def client_unreachable(self, peer: bytes, now: float) -> None:
@@ -250,8 +251,7 @@ class Routing:
             return
         elif not _makes_sense(header):
             self._table.counts["senseless"] += 1
-            message_text = f"worker {worker.name} sent a final that makes no sense"
-            self._table.fail(request, f.Code.INTERNAL, message_text, now)
+            self._table.fail(request, f.Code.INTERNAL, f"worker {worker.name} sent a senseless final", now)
             return
         if request.peer is not None:
             self._out.append(do.ToClient(request.peer, kind, rid, raw_header, payload))

@@ -33,25 +33,49 @@ def reap(pidfd: int) -> tuple[int | None, int | None] | None:
     return (info.si_status, None) if info.si_code == os.CLD_EXITED else (None, info.si_status)
 
 
-def ended(pidfd: int, patience_s: float) -> tuple[int | None, int | None]:
+def ended(pidfd: int, pid: int, patience_s: float) -> tuple[int | None, int | None]:
     """(exit code, signal) of a process that is not our child and has ended; (None, None) where nobody can tell.
 
-    Linux 6.15 keeps the status in the pidfd once the process was reaped, which POLLHUP announces; before that the
-    field reads as a false 0, so only the mask bit counts. Blocks for at most `patience_s` seconds for the reaping.
+    Until somebody reaps it, /proc has its status; afterwards the pidfd has, from Linux 6.15 on. Blocks for at most
+    `patience_s` seconds where only the latter may be known.
     """
-    poll = select.poll()
-    poll.register(pidfd, 0)
-    poll.poll(patience_s * 1000)
+    deadline = time.monotonic() + patience_s
+    while True:
+        status = _status_of_zombie(pidfd, pid)
+        if status is None:
+            status = _status_in_pidfd(pidfd)
+        if status is not None:
+            return (None, os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (os.WEXITSTATUS(status), None)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None, None
+        poll = select.poll()
+        poll.register(pidfd, 0)  # POLLHUP announces that it was reaped
+        poll.poll(min(left, _LOOK_AGAIN_S * 10) * 1000)
+
+
+def _status_of_zombie(pidfd: int, pid: int) -> int | None:
+    """The status in the last field of /proc/PID/stat. The kernel writes a false 0 for who may not trace the process."""
+    try:
+        owner = Path(f"/proc/{pid}").stat().st_uid
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Still named by the pidfd, so the number did not come to mean another process before it was read.
+        names_it = f"\nPid:\t{pid}\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+    except (OSError, ValueError):
+        return None
+    may_know = os.geteuid() in (0, owner)
+    return int(fields[-1]) if may_know and names_it and fields[0] == "Z" else None
+
+
+def _status_in_pidfd(pidfd: int) -> int | None:
+    """The status that the kernel keeps with the pidfd. Only the mask bit counts: before, the field is a false 0."""
     buffer = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13))
     try:
         fcntl.ioctl(pidfd, _PIDFD_GET_INFO, buffer)
     except OSError:
-        return None, None
+        return None
     fields = _PIDFD_INFO.unpack(buffer)
-    if not fields[0] & _PIDFD_INFO_EXIT:
-        return None, None
-    status = fields[-1]
-    return (None, os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (os.WEXITSTATUS(status), None)
+    return int(fields[-1]) if fields[0] & _PIDFD_INFO_EXIT else None
 
 
 def adopt_orphans() -> None:

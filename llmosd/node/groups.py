@@ -76,7 +76,7 @@ class CgroupGroup:
             return  # before Linux 5.14, or the cgroup is gone
         except OSError:
             for pid in self.members():
-                _signal(pid, signal.SIGKILL)
+                signal_process(pid, signal.SIGKILL)
 
     def wait_empty(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -163,10 +163,10 @@ class MarkedGroup:
             if not new:
                 break
             for pid in new:
-                _signal(pid, signal.SIGSTOP)
+                signal_process(pid, signal.SIGSTOP)
             stopped |= new
         for pid in self.members():
-            _signal(pid, signal.SIGKILL)
+            signal_process(pid, signal.SIGKILL)
 
     def wait_empty(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -189,7 +189,7 @@ class MarkedGroup:
 
     def freeze(self, frozen: bool) -> None:
         for pid in self.members():
-            _signal(pid, signal.SIGSTOP if frozen else signal.SIGCONT)
+            signal_process(pid, signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def release(self) -> None:
         """Nothing is left of it."""
@@ -254,7 +254,7 @@ def _cgroup_base(name: str) -> Path | None:
     return base
 
 
-def _signal(pid: int, number: int) -> None:
+def signal_process(pid: int, number: int) -> None:
     """Signal a process that was just found; never another one that got its number meanwhile."""
     try:
         started = start_ticks(pid)
@@ -264,5 +264,5 @@ def _signal(pid: int, number: int) -> None:
                 signal.pidfd_send_signal(fd, number)
         finally:
             os.close(fd)
-    except ProcessLookupError:
-        pass  # it has just ended by itself
+    except (ProcessLookupError, PermissionError):
+        pass  # it has just ended by itself; or it became another user's, and its group will be seen not to get empty

@@ -243,7 +243,7 @@ class Life:
     async def _end(self) -> None:
         status = reap(self._pidfd)
         if status is None:
-            status = await self._in_thread(lambda: ended(self._pidfd, REAPED_WITHIN_S))
+            status = await self._in_thread(lambda: ended(self._pidfd, self.pid, REAPED_WITHIN_S))
         os.close(self._pidfd)
         self._pidfd = -1
         detail = await self._in_thread(self._last_words) if status != (0, None) else ""

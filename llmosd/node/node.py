@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,10 @@ import msgspec
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.spec import Limits
-from llmosd.launch.reap import adopt_orphans, reap_orphans
+from llmosd.launch.reap import adopt_orphans, children, reap_orphans
 from llmosd.node import records
 from llmosd.node.confine import Confinement
-from llmosd.node.groups import Groups
+from llmosd.node.groups import Groups, signal_process
 from llmosd.node.life import Birth, Life, Program
 from llmosd.node.records import Record
 from llmosd.node.usage import CpuMeter, Usage, sample
@@ -31,6 +32,8 @@ from llmosd.node.usage import CpuMeter, Usage, sample
 SAMPLE_S: Final = 2.0
 #: Seconds that a starting daemon waits for the remains of dead workers to go.
 REMAINS_S: Final = 10.0
+#: What a stray has forked becomes our child, and is killed, in the round after it.
+_STRAY_ROUNDS: Final = 100
 T = TypeVar("T")
 _IDENTITY_BYTES: Final = 16
 _TOKEN_BYTES: Final = 32
@@ -189,7 +192,7 @@ class Node:
             return None
         group = self.groups.known(record)
         life = Life(record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor)
-        pidfd = _open_same(record.pid, record.start_ticks)
+        pidfd = records.open_process(record.pid, record.start_ticks)
         if pidfd is None:
             self._remains[record.worker] = life
             life.on_empty = lambda: self._remains.__delitem__(record.worker)
@@ -217,9 +220,22 @@ class Node:
         while True:
             await asyncio.sleep(SAMPLE_S)
             await self._in_thread(lambda: reap_orphans(self._is_leader))
+            if self.groups.cgroup_base is None:
+                await self._in_thread(self._kill_strays)
             for life in list(self._lives.values()):
                 if life.pid:
                     await self._look(life)
+
+    def _kill_strays(self) -> None:
+        """Whoever became our child outlived its leader, and has shed everything by which its group could find it."""
+        for _ in range(_STRAY_ROUNDS):
+            strays = [pid for pid in children() if not self._is_leader(pid)]
+            if not strays:
+                return
+            for pid in strays:
+                signal_process(pid, signal.SIGKILL)
+            reap_orphans(self._is_leader)
+            time.sleep(0.01)
 
     def _is_leader(self, pid: int) -> bool:
         return any(life.pid == pid for life in list(self._lives.values()))
@@ -268,19 +284,6 @@ class Node:
         task: asyncio.Task[None] = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _open_same(pid: int, start_ticks: int) -> int | None:
-    """A pidfd of the process that had this number at that time; None if it is gone. Raises PermissionError."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-    # Checked after opening: from here on the descriptor cannot come to mean another process.
-    if records.start_ticks(pid) == start_ticks:
-        return pidfd
-    os.close(pidfd)
-    return None
 
 
 def _cap(log: Path, max_bytes: int) -> None:

@@ -6,6 +6,8 @@ by (boot id, pid, start time): pids are reused, that triple is not. The runtime 
 
 from __future__ import annotations
 
+import os
+import select
 from pathlib import Path
 from typing import Final
 
@@ -84,3 +86,19 @@ def start_ticks(pid: int) -> int | None:
         return None
     # The second field is the program's name in parentheses, and may hold anything.
     return int(stat.rpartition(")")[2].split()[19])
+
+
+def open_process(pid: int, started: int) -> int | None:
+    """A pidfd of the process that had this number at that time; None if it is gone. Raises PermissionError."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    # Checked after opening: from here on the descriptor cannot come to mean another process. One that is readable has
+    # ended, though nobody has reaped it.
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if start_ticks(pid) == started and not poll.poll(0):
+        return pidfd
+    os.close(pidfd)
+    return None

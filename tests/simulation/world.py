@@ -155,7 +155,7 @@ class World:
     def command(self, kind: type[on.Event], *details: object) -> do.Replied:
         """An operator's command; it is answered once and at once."""
         self.calls += 1
-        effects = self.tell(kind(self.calls, *details))  # type: ignore[call-arg]
+        effects = self.tell(kind(self.calls, *details))
         replies = [effect for effect in effects if isinstance(effect, do.Replied)]
         assert [reply.call for reply in replies] == [self.calls]
         return replies[0]

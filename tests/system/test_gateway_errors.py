@@ -1,4 +1,4 @@
-"""What the gateway answers to bad input: always an answer, in OpenAI's shape where it was HTTP at all; and it goes on."""
+"""What the gateway answers to bad input: always an answer, in OpenAI's shape where it was HTTP; and it goes on."""
 
 from __future__ import annotations
 

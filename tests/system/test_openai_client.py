@@ -177,7 +177,7 @@ def test_a_client_that_gives_up_takes_its_request_along(served: Machine, client:
 def test_a_request_that_outlasts_the_models_time_is_not_asked_again(served: Machine) -> None:
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=3) as eager:
         before = served.client.status().counters.get("accepted", 0)
-        with pytest.raises(openai.InternalServerError, match="deadline_exceeded|time ran out") as caught:
+        with pytest.raises(openai.InternalServerError, match="its time ran out") as caught:
             eager.completions.create(model="brief", prompt="x", max_tokens=100)
         assert caught.value.status_code == 504
         assert served.client.status().counters["accepted"] == before + 1

@@ -34,10 +34,10 @@ class Answer(NamedTuple):
         return str(error["message"])
 
 
-def curl(machine: Machine, path: str, *args: str, timeout_s: float = 20) -> Answer:
+def curl(machine: Machine, path: str, *args: str, stdin: str = "", timeout_s: float = 20) -> Answer:
     """One request; fails when there is no answer."""
     command = ["curl", "-sS", "-i", "-m", str(timeout_s), "-w", _STATUS, *args, machine.url + path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s + 5, check=False)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout_s + 5, check=False)
     assert done.returncode == 0, done.stderr
     text, _, status = done.stdout.rpartition("\n")
     head, _, body = text.replace("\r\n", "\n").partition("\n\n")
@@ -48,7 +48,8 @@ def curl(machine: Machine, path: str, *args: str, timeout_s: float = 20) -> Answ
 
 
 def post(machine: Machine, path: str, body: object, *args: str) -> Answer:
-    return curl(machine, path, "-d", body if isinstance(body, str) else json.dumps(body), *args)
+    text = body if isinstance(body, str) else json.dumps(body)
+    return curl(machine, path, "--data-binary", "@-", *args, stdin=text)
 
 
 @contextlib.contextmanager

@@ -77,10 +77,13 @@ def test_an_unknown_model_is_refused_with_the_names_of_those_there_are() -> None
     assert shell.failure().message == "no model 'c'; there are: a, b"
 
 
-@pytest.mark.parametrize("fields", [{"have_seq": -1}, {"have_seq": 1 << 60}, {"remaining_ms": -5}])
-def test_a_submit_with_numbers_that_cannot_be_is_refused(fields: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "header",
+    [f.Submit("m", "/", have_seq=-1), f.Submit("m", "/", have_seq=1 << 60), f.Submit("m", "/", remaining_ms=-5)],
+)
+def test_a_submit_with_numbers_that_cannot_be_is_refused(header: f.Submit) -> None:
     shell = Shell(spec())
-    shell.submit(ONE, **fields)
+    shell.client(f.Kind.SUBMIT, ONE, header, b"{}")
     assert shell.failure().code == f.Code.INVALID
 
 
@@ -198,9 +201,13 @@ def test_a_client_that_stays_away_is_given_up_and_one_that_died_at_once() -> Non
     shell.wait(2)
     assert [effect.kind for effect in shell.all(do.ToWorker)][-1] is f.Kind.RELEASE
     assert shell.kernel.requests() == []
+    shell.tell(on.ClientIdentified(CLIENT, 1000, 4242))
+    assert shell.only(do.WatchClient).pid == 4242
     shell.submit(TWO)
+    assert shell.kernel.requests()[0].tenant == "uid:1000"
     shell.tell(on.ClientLost(CLIENT, "client_gone"))
     assert shell.only(do.ToWorker).kind is f.Kind.RELEASE
+    assert shell.only(do.UnwatchClient).peer == CLIENT
 
 
 def test_a_slow_reader_keeps_its_answer_for_as_long_as_it_reads() -> None:

@@ -1,8 +1,9 @@
 """An engine for tests that does not want to end: it ignores SIGTERM and keeps two daemons of its own.
 
 Each is forked twice, in a session of its own, with an empty environment, ignores SIGTERM too, and keeps a child that
-it starts again as soon as it dies. The engine starts each of them again as well. `stubborn.py [PORT]` serves /health,
-so that it becomes ready.
+it starts again as soon as it dies. The engine starts each of them again as well. `stubborn.py PORT` serves /health, so
+that it becomes ready; with `keep-environment` after that, the daemons have the engine's environment. Any other word
+is there to know them by.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 CLEAN = "clean"
+KEEP_ENVIRONMENT = "keep-environment"
 
 
 def keep_child() -> None:
@@ -34,7 +36,8 @@ def fork_away() -> int:
             os.write(write_end, str(pid).encode())
             os._exit(0)
         # A new program image: what marked the old one is gone with its environment.
-        os.execve(sys.executable, [sys.executable, "-I", "-S", __file__, CLEAN], {})
+        env = dict(os.environ) if KEEP_ENVIRONMENT in sys.argv else {}
+        os.execve(sys.executable, [sys.executable, "-I", "-S", __file__, CLEAN, *sys.argv[2:]], env)
     os.wait()
     pid = int(os.read(read_end, 20))
     os.close(read_end)
@@ -62,12 +65,9 @@ class Health(BaseHTTPRequestHandler):
 
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if sys.argv[1:] == [CLEAN]:
+if sys.argv[1] == CLEAN:
     keep_child()
 daemons = [fork_away(), fork_away()]
 print("forked away", *daemons, flush=True)
 threading.Thread(target=keep_daemons, daemon=True).start()
-if sys.argv[1:]:
-    HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
-while True:
-    signal.pause()
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()

@@ -262,7 +262,9 @@ class Routing:
         state = RequestState.DONE
         if isinstance(header, f.Done):
             request.prompt_tokens = header.prompt_tokens
-            request.tokens = header.completion_tokens or request.tokens
+            made = max(header.completion_tokens, request.tokens)
+            self._table.counts["tokens"] += made - request.tokens
+            request.tokens = made
         elif isinstance(header, f.Failed):
             state = ENDED_AS.get(header.code, RequestState.FAILED)
         request.final_seq = header.seq  # type: ignore[attr-defined]  # both kinds have one

@@ -52,6 +52,17 @@ def test_a_request_starts_a_worker_and_is_answered_once() -> None:
     assert shell.kernel.counters()["done"] == 1
 
 
+def test_tokens_are_counted_whether_an_answer_is_streamed_or_not() -> None:
+    shell, _, run = running()
+    attempt = attempt_of(run)
+    shell.worker("m.1", f.Kind.DONE, ONE, f.Done(attempt, 0, completion_tokens=5))
+    shell.submit(TWO)
+    attempt = attempt_of(shell.run())
+    shell.worker("m.1", f.Kind.CHUNK, TWO, f.Chunk(attempt, 0, 1, (), 3), b"three")
+    shell.worker("m.1", f.Kind.DONE, TWO, f.Done(attempt, 1, completion_tokens=4))
+    assert shell.kernel.counters()["tokens"] == 9
+
+
 def test_a_slot_that_is_free_takes_the_next_at_once_and_in_order() -> None:
     shell, _, run = running(slots=1)
     shell.submit(THREE)

@@ -17,7 +17,7 @@ from llmosd.daemon import Daemon
 from llmosd.declared import DeclarationError
 from llmosd.gateway.keys import Keys
 from llmosd.kernel.units import encode_quantity
-from llmosd.runtime import AlreadyRunning
+from llmosd.runtime import AlreadyRunning, raise_open_files
 
 log = logging.getLogger("llmosd")
 
@@ -82,6 +82,7 @@ def _run(directories: settings.Directories) -> int:
     hand_over.setFormatter(logging.Formatter("%(message)s"))  # the writer's handler adds time and level
     logging.basicConfig(level=read.logs.level.upper(), handlers=[hand_over])
     writer.start()
+    raise_open_files()
     try:
         return uvloop.run(_serve(directories, read))
     finally:

@@ -66,17 +66,24 @@ def parse_limits(changes: dict[str, str]) -> dict[str, object]:
 
     Raises DeclarationError.
     """
-    defaults = Limits()
     parsed: dict[str, object] = {}
     for name, text in changes.items():
-        value: object = int(text) if _WHOLE.fullmatch(text) else text
-        given = {} if text == "" and name in Limits.__struct_fields__ else {name: value}
-        # Through the same door as a file, for the same words.
-        limits = convert(given, Limits, "limits")
-        parsed[name] = (
-            None if text == "" and name not in KERNEL_LIMITS else getattr(limits if given else defaults, name)
-        )
+        if text == "" and name in Limits.__struct_fields__:
+            parsed[name] = getattr(Limits(), name) if name in KERNEL_LIMITS else None
+        else:
+            parsed[name] = getattr(_read_limit(name, text), name)
     return parsed
+
+
+def _read_limit(name: str, text: str) -> Limits:
+    """Through the same door as a file, for the same words. What a file takes as text only comes as such: a CPU's
+    number."""
+    try:
+        return convert({name: text}, Limits, "limits")
+    except DeclarationError:
+        if not _WHOLE.fullmatch(text):
+            raise
+        return convert({name: int(text)}, Limits, "limits")
 
 
 class ModelDirectory:

@@ -19,6 +19,7 @@ from llmosd.listen import HttpSocket
 from llmosd.node.confine import Confinement, LaunchSettings
 from llmosd.node.groups import MARK
 from llmosd.node.life import Birth, Program
+from llmosd.runtime import OPEN_FILES
 from llmosd.settings import Directories, Settings
 from llmosd.worker.config import HostConfig, encode
 
@@ -113,7 +114,7 @@ def _order(launch: LaunchSettings, argv: tuple[str, ...], env: dict[str, str], k
         env=env,
         cwd="/",
         umask=0o027,
-        rlimits=launch.rlimits,
+        rlimits={"NOFILE": OPEN_FILES} | launch.rlimits,
         oom_score_adj=launch.oom_score_adj,
         cpu_affinity=launch.cpu_affinity,
         nice=launch.nice,

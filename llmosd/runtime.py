@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 from pathlib import Path
 from typing import Final
 
 _KEY_BYTES: Final = 32
+
+
+#: (soft, hard) RLIMIT_NOFILE with which this process was started: workers begin with the same.
+OPEN_FILES: Final = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def raise_open_files() -> None:
+    """Use all the descriptors that are allowed: a worker takes several, and so does each client.
+
+    The soft limit is low only for programs that use select(2) (systemd's default, "File Descriptor Limits").
+    """
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES[1], OPEN_FILES[1]))
 
 
 class AlreadyRunning(Exception):  # noqa: N818  # it is a statement of fact

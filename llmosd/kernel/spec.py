@@ -168,6 +168,9 @@ class Restart(Declared, frozen=True, kw_only=True):
     reset_after: Annotated[Seconds, doc("a worker that ran this long starts with the first delay again")] = Seconds(30)
     burst: Annotated[Count, doc("starts within `interval` after which it has failed; 0: no bound")] = 10
     interval: Annotated[Seconds, doc("window of `burst`")] = Seconds(300)
+    prevent_exit_codes: Annotated[
+        tuple[Annotated[int, Meta(ge=0, le=255)], ...], doc("exit codes after which trying again cannot help")
+    ] = ()
 
 
 class Timeouts(Declared, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import pty
 import signal
 import subprocess
 import sys
@@ -13,34 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import SIMULATED, Machine, machine, wait_for
-
-SLOW = """
-model = "slow"
-aliases = ["snail"]
-[engine]
-driver = "simulated"
-load_time = 0
-decode_rate = 5
-[limits]
-slots = 1
-"""
-#: It says why, and gives up at once.
-DYING = """
-model = "dying"
-[engine]
-driver = "openai"
-command = ["sh", "-c", "echo tuning the strings; echo the bow is broken; exit 3"]
-[restart]
-policy = "no"
-"""
-ESCAPE = "\x1b"
+from machine import Machine, machine, wait_for
+from shell import ESCAPE, MODELS, done, fails, rows
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Machine]:
     with machine() as made:
-        for text in (SIMULATED, SLOW, DYING):
+        for text in MODELS:
             made.model(text)
         made.start()
         yield made
@@ -62,27 +42,6 @@ def following(running: Machine) -> Iterator[Any]:
     for process in started:
         process.kill()
         process.communicate()
-
-
-def done(machine: Machine, *args: str, stdin: str = "") -> str:
-    """What a command that succeeds prints."""
-    result = machine.llmos(*args, stdin=stdin)
-    assert result.returncode == 0, result.stderr
-    assert ESCAPE not in result.stdout
-    return result.stdout
-
-
-def fails(machine: Machine, code: int, *args: str, stdin: str = "") -> str:
-    """What a command that fails says: lines that begin with its name, and no traceback."""
-    result = machine.llmos(*args, stdin=stdin)
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    assert any(line.startswith("llmos: ") for line in result.stderr.splitlines())
-    return result.stderr
-
-
-def rows(machine: Machine, *args: str) -> Any:
-    return json.loads(done(machine, *args, "-o", "json"))
 
 
 # -- looking ----------------------------------------------------------------------------------------------------------
@@ -127,20 +86,18 @@ def test_tables_have_no_colour_in_a_pipe_and_nothing_on_stderr_but_notes(running
 
 def test_colours_are_for_terminals_and_no_color_takes_them_away(running: Machine) -> None:
     done(running, "start", "sim")
-    command = f"{Path(sys.executable).with_name('llmos')} ps sim"
-    env = {**os.environ, "LLMOS_HOST": str(running.runtime), "TERM": "xterm", "COLUMNS": "200"}
+    env = {**os.environ, "LLMOS_HOST": str(running.runtime), "TERM": "xterm"}
     env.pop("NO_COLOR", None)
 
     def on_a_terminal(**more: str) -> str:
-        shown = subprocess.run(
-            ["script", "-qec", command, "/dev/null"],
-            capture_output=True,
-            text=True,
-            env=env | more,
-            check=True,
-            timeout=30,
-        )
-        return shown.stdout
+        master, slave = pty.openpty()
+        command = [str(Path(sys.executable).with_name("llmos")), "ps", "sim"]
+        try:
+            subprocess.run(command, stdout=slave, env=env | more, check=True, timeout=30)
+            return os.read(master, 10_000).decode()
+        finally:
+            os.close(master)
+            os.close(slave)
 
     assert f"{ESCAPE}[32mready" in on_a_terminal()
     assert ESCAPE not in on_a_terminal(NO_COLOR="1")
@@ -188,7 +145,8 @@ def test_an_interrupted_run_cancels_its_request(running: Machine, following: Any
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
-    wait_for("end of the request", lambda: rows(running, "ps", "-T", "slow") == [])
+    wait_for("a free slot", lambda: rows(running, "ps", "slow")[0]["slots_used"] == 0)
+    assert [request["state"] for request in rows(running, "ps", "-T", "slow")] in ([], ["cancelled"])
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
@@ -267,86 +225,3 @@ def test_events_are_followed(running: Machine, following: Any) -> None:
         if event["cursor"] > newest and event["subject"] == "sim.1":
             kinds.append(event["kind"])
     assert kinds == ["draining", "stopping", "exited", "stopped", "starting", "loading", "ready"]
-
-
-# -- models -----------------------------------------------------------------------------------------------------------
-
-
-def test_apply_takes_a_file_stdin_or_a_directory_and_rm_forgets(running: Machine, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.toml").write_text(SIMULATED.replace('"sim"', f'"{name}"'))
-    assert done(running, "apply", str(tmp_path / "one.toml")) == "model one applied\n"
-    assert (running.models / "one.toml").read_text() == (tmp_path / "one.toml").read_text()
-    assert done(running, "apply", str(tmp_path)) == "model one applied\nmodel two applied\n"
-    assert done(running, "apply", "-", stdin=SIMULATED.replace('"sim"', '"three"')) == "model three applied\n"
-    assert len(done(running, "run", "three", "x", "--max-tokens", "2").split()) == 2
-    for name in ("one", "two", "three"):
-        assert done(running, "rm", name) == f"model {name} removed\n"
-        assert not (running.models / f"{name}.toml").exists()
-    wait_for("end of three", lambda: "three" not in [model["name"] for model in rows(running, "models")])
-    fails(running, 4, "run", "three", "x")
-
-
-def test_apply_of_a_directory_goes_on_past_a_wrong_file_and_names_it(running: Machine, tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text('modle = "a"')
-    (tmp_path / "b.toml").write_text(SIMULATED.replace('"sim"', '"b"'))
-    result = running.llmos("apply", str(tmp_path))
-    assert result.returncode == 5
-    assert result.stderr == f"llmos: {tmp_path}/a.toml: unknown key 'modle'; did you mean 'model'?\n"
-    assert result.stdout == "model b applied\n"
-    done(running, "rm", "b")
-
-
-def test_reload_reads_the_directory_again_and_keeps_what_a_broken_file_had(running: Machine) -> None:
-    file = running.models / "edited.toml"
-    file.write_text(SIMULATED.replace('"sim"', '"edited"'))
-    assert "edited" in done(running, "reload")
-    file.write_text("broken")
-    assert f"{file}: not valid TOML" in fails(running, 5, "reload")
-    assert "edited" in [model["name"] for model in rows(running, "models")]
-    file.unlink()
-    assert "Removed: edited." in done(running, "reload")
-
-
-# -- exit codes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("code", "args", "words"),
-    [
-        (1, ("run", "slow", "x", "--max-tokens", "100", "--timeout", "0.2"), "its time ran out"),
-        (2, ("ps", "--nonsense"), "See `llmos ps --help`"),
-        (2, ("kill", "-s", "NOPE", "sim"), "'NOPE' is no signal"),
-        (2, ("limits", "sim", "nice"), "'nice' is no NAME=VALUE"),
-        (2, ("nonsense",), "No such command"),
-        (2, ("apply", "/nonexistent.toml"), "does not exist"),
-        (4, ("ps", "nope"), "no model or worker 'nope'; models: dying, sim, slow"),
-        (4, ("stop", "nope"), "no model or worker 'nope'"),
-        (4, ("run", "nope", "x"), "no model 'nope'; there are: "),
-        (4, ("logs", "nope"), "no model or worker 'nope'"),
-        (4, ("kill", "0123456789ab"), "0123456789ab"),
-        (5, ("limits", "sim", "nise=5"), "did you mean 'nice'?"),
-        (5, ("rm", "sim.1"), "remove its model, sim"),
-    ],
-)  # fmt: skip
-def test_the_exit_code_says_what_kind_of_failure_it_was(
-    running: Machine, code: int, args: tuple[str, ...], words: str
-) -> None:
-    assert words in fails(running, code, *args)
-
-
-def test_without_a_daemon_the_exit_code_is_3_and_says_where_it_was_looked_for(a_machine: Machine) -> None:
-    a_machine.runtime.mkdir(exist_ok=True)
-    for args in (("ps",), ("run", "sim", "x"), ("status", "-o", "json")):
-        said = fails(a_machine, 3, *args)
-        assert str(a_machine.runtime) in said
-        assert "Start llmosd" in said
-    a_machine.start()
-    a_machine.kill()
-    assert "the daemon there has ended" in fails(a_machine, 3, "ps")
-
-
-def test_the_log_of_the_daemon_has_time_and_level_once(running: Machine) -> None:
-    for line in running.log().splitlines():
-        assert re.match(r"\d{4}-\d\d-\d\d [\d:,]+ (INFO|WARNING|ERROR) +[^:]", line), line
-        assert "INFO:llmosd" not in line

@@ -17,9 +17,9 @@ from contextlib import ExitStack
 import msgspec
 import psutil
 import pytest
-import zmq
 from engine_models import openai, simulated
 from machine import Machine, machine, wait_for
+from raw_peer import Peer
 
 import llmos
 from llmos.errors import Invalid, NotFound, TooLarge
@@ -44,32 +44,6 @@ def shared() -> Iterator[Machine]:
 @pytest.fixture(params=["front", "back"])
 def side(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-class Peer:
-    """A raw DEALER, which says what it likes."""
-
-    def __init__(self, shared: Machine, side: str, identity: bytes = b"") -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 5000)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.IDENTITY, identity or b"\x01" + os.urandom(15))
-        self._socket.connect(f"ipc://{shared.runtime}/{side}.sock")
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-        self._context.term()
-
-    def say(self, *parts: bytes) -> None:
-        self._socket.send_multipart(parts)
-
-    def hear(self, table: f.Table) -> f.Message:
-        assert self._socket.poll(10_000), "no answer"
-        return f.decode(table, self._socket.recv_multipart())
 
 
 def counted(shared: Machine, name: str) -> int:

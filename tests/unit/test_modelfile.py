@@ -102,6 +102,7 @@ def test_what_no_process_could_be_made_from_is_refused(text: str, message: str) 
 
 def test_limits_of_the_command_line_are_read_like_those_of_a_file() -> None:
     parsed = parse_limits({"memory_max": "2G", "nice": "-5", "request_timeout": "30", "cpu_quota": "50%", "slots": "8"})
+    assert parse_limits({"allowed_cpus": "0", "tasks_max": "9"}) == {"allowed_cpus": (0,), "tasks_max": 9}
     assert parsed == {"memory_max": 2 << 30, "nice": -5, "request_timeout": 30.0, "cpu_quota": 50, "slots": 8}
 
 

@@ -114,6 +114,13 @@ def test_a_policy_of_no_gives_up_after_a_failure() -> None:
     assert judge(dead(ExitStatus(code=1), restart=Restart(policy="no")), 100.0, 1).trigger is Trigger.GAVE_UP
 
 
+def test_an_exit_code_after_which_trying_again_cannot_help_is_given_up_at_once() -> None:
+    restart = Restart(policy="always", prevent_exit_codes=(2, 78))
+    verdict = judge(dead(ExitStatus(code=78), restart=restart), 100.0, 1)
+    assert verdict[:2] == (Trigger.GAVE_UP, "exit code 78; restart.prevent_exit_codes names it")
+    assert judge(dead(ExitStatus(code=1), restart=restart), 100.0, 1).trigger is Trigger.RETRY
+
+
 def test_a_burst_of_starts_is_given_up() -> None:
     worker = dead(ExitStatus(code=1), restart=Restart(burst=3, interval=Seconds(10)))
     worker.starts = [80.0, 92.0, 95.0]

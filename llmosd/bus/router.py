@@ -23,6 +23,10 @@ BATCH_MESSAGES: Final = 512
 #: Over the largest body: a message above it is not even received, and its sender is cut off (libzmq does not say so).
 HEADROOM_BYTES: Final = 64 << 10
 
+#: Windows bound what answers may wait for a peer. This bounds the refusals to one that floods and never reads; it then
+#: counts as unreachable, and whatever it misses it is told again when it says HELLO.
+UNREAD_MAX: Final = 50_000
+
 Received = Callable[[bytes, f.Message], None]
 
 
@@ -40,10 +44,12 @@ class Router:
         on_unreachable: Callable[[bytes], None],
         on_new_peer: Callable[[bytes, int, int], None] | None = None,
         fd: int = -1,
+        unread_max: int = UNREAD_MAX,
     ) -> None:
         """`table`: what peers here may say. `on_new_peer`: (identity, uid, pid) before its first message.
 
-        `fd`: a socket that listens already, from systemd or an earlier life. Raises zmq.ZMQError.
+        `unread_max`: messages to one peer that may wait for it to read. `fd`: a socket that listens already, from
+        systemd or an earlier life. Raises zmq.ZMQError.
         """
         self.counts: Counter[str] = Counter()
         self._table = table
@@ -57,7 +63,7 @@ class Router:
         for option, value in (
             (zmq.ROUTER_MANDATORY, 1),
             (zmq.ROUTER_HANDOVER, 1),
-            (zmq.SNDHWM, 0),
+            (zmq.SNDHWM, unread_max),
             (zmq.RCVHWM, 0),
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, message_max + HEADROOM_BYTES),

@@ -40,8 +40,8 @@ class Request:
 
     __slots__ = (
         "accepted_at", "attempt", "body", "cancel_reason", "client_acked", "client_at", "confirmed", "dispatched_at",
-        "ended_at", "expires_at", "final", "final_seq", "first_item_at", "losses", "model", "next_seq", "order",
-        "peer", "prompt_tokens", "rid", "state", "submit", "tenant", "ticket", "tokens", "worker",
+        "ended_at", "expires_at", "final", "final_seq", "first_item_at", "losses", "lost_peer", "model", "next_seq",
+        "order", "peer", "prompt_tokens", "rid", "state", "submit", "tenant", "ticket", "tokens", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +55,8 @@ class Request:
         self.rid = rid
         #: The connection its answer goes to; None while its client is away.
         self.peer: bytes | None = None
+        #: While its client is away: the connection that was lost. Its process may yet turn out to have ended.
+        self.lost_peer: bytes | None = None
         self.submit = submit
         #: None while it is known from its worker alone.
         self.body = body

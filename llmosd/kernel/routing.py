@@ -102,7 +102,7 @@ class Routing:
         """Nobody waits for these answers any more."""
         if self.owners.pop(peer, None) is not None:
             self._out.append(do.UnwatchClient(peer))
-        self._abandon(list(self._table.by_peer.get(peer, {}).values()), why, now)
+        self._abandon(self._table.waiting_on(peer), why, now)
 
     def client_unreachable(self, peer: bytes, now: float) -> None:
         """Its requests go on without it for a while."""

@@ -24,6 +24,8 @@ class Table:
         self.requests: dict[bytes, Request] = {}
         #: Requests by the connection that waits for them.
         self.by_peer: dict[bytes, dict[bytes, Request]] = {}
+        #: And by the connection that they were lost with.
+        self.by_lost_peer: dict[bytes, dict[bytes, Request]] = {}
         #: How many have not ended.
         self.open = 0
         self.counts: Counter[str] = Counter()
@@ -50,15 +52,24 @@ class Table:
 
     def detach(self, request: Request, now: float) -> None:
         """Nobody can be told of the request; its client may come back for it."""
+        peer = request.peer
         self._unbind(request)
+        if peer is not None:
+            request.lost_peer = peer
+            self.by_lost_peer.setdefault(peer, {})[request.rid] = request
         self._timers.set(("away", request.rid), now + self._params.resume_timeout)
 
+    def waiting_on(self, peer: bytes) -> list[Request]:
+        """The requests of a connection, also of one that was lost."""
+        return [*self.by_peer.get(peer, {}).values(), *self.by_lost_peer.get(peer, {}).values()]
+
     def _unbind(self, request: Request) -> None:
-        if request.peer is not None and (waiting := self.by_peer.get(request.peer)) is not None:
-            waiting.pop(request.rid, None)
-            if not waiting:
-                del self.by_peer[request.peer]
-        request.peer = None
+        for peers, peer in ((self.by_peer, request.peer), (self.by_lost_peer, request.lost_peer)):
+            if peer is not None and (waiting := peers.get(peer)) is not None:
+                waiting.pop(request.rid, None)
+                if not waiting:
+                    del peers[peer]
+        request.peer = request.lost_peer = None
 
     def tell(self, request: Request, kind: f.Kind, header: f.Header) -> None:
         """A message to the request's client, if it is there."""

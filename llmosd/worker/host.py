@@ -22,7 +22,8 @@ from llmos.protocol import frames as f
 from llmos.protocol.host import HostProtocol, StartRun, StopRun, Told
 from llmosd.launch.reap import adopt_orphans, kill_descendants, reap_orphans
 from llmosd.worker.config import HostConfig, read
-from llmosd.worker.drivers import Call, Driver, EngineBrokeOff, EngineEnded, Finished, Item, RequestFailed, driver_for
+from llmosd.worker.drivers import Call, Driver, EngineBrokeOff, EngineEnded, Finished, Item, RequestFailed
+from llmosd.worker.drivers.choice import driver_for
 from llmosd.worker.log import WorkerLog
 
 _TICK_S: Final = 0.25

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from machine import SIMULATED, Machine, machine, wait_for
-from shell import MODELS, done, fails, rows
+from commands import MODELS, done, fails, rows
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +77,17 @@ def test_reload_reads_the_directory_again_and_keeps_what_a_broken_file_had(runni
         (4, ("logs", "nope"), "no model or worker 'nope'"),
         (4, ("kill", "0123456789ab"), "0123456789ab"),
         (5, ("limits", "sim", "nise=5"), "did you mean 'nice'?"),
-        (5, ("rm", "sim.1"), "remove its model, sim"),
     ],
 )  # fmt: skip
 def test_the_exit_code_says_what_kind_of_failure_it_was(
     running: Machine, code: int, args: tuple[str, ...], words: str
 ) -> None:
     assert words in fails(running, code, *args)
+
+
+def test_a_worker_is_not_removed_its_model_is(running: Machine) -> None:
+    done(running, "start", "sim")
+    assert "remove its model, sim" in fails(running, 5, "rm", "sim.1")
 
 
 def test_without_a_daemon_the_exit_code_is_3_and_says_where_it_was_looked_for(a_machine: Machine) -> None:

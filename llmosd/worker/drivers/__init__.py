@@ -8,9 +8,6 @@ from typing import Protocol
 import msgspec
 
 from llmos.protocol import frames as f
-from llmosd.kernel import spec
-from llmosd.worker.config import HostConfig
-from llmosd.worker.log import WorkerLog
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -86,29 +83,3 @@ class Driver(Protocol):
 
     async def stop(self) -> None:
         """End the engine, whatever it does; returns when it is gone."""
-
-
-def driver_for(config: HostConfig, log: WorkerLog) -> Driver:
-    """The driver of the configured engine. Imports only what that one needs."""
-    engine = config.engine
-    if isinstance(engine, spec.Simulated):
-        from llmosd.worker.drivers.simulated import SimulatedEngine
-
-        return SimulatedEngine(engine, config)
-    if isinstance(engine, spec.PythonFunction):
-        from llmosd.worker.drivers.python import PythonEngine
-
-        return PythonEngine(engine, config)
-    if isinstance(engine, spec.LlamaCpp):
-        from llmosd.worker.drivers.llamacpp import LlamaCppEngine
-
-        return LlamaCppEngine(engine, config, log)
-    if isinstance(engine, spec.OpenAI):
-        from llmosd.worker.drivers.openai import OpenAIEngine
-
-        return OpenAIEngine(engine, config, log)
-    if isinstance(engine, spec.Attached):
-        from llmosd.worker.drivers.attached import AttachedEngine
-
-        return AttachedEngine(engine, config)
-    raise EngineEnded(f"driver {engine.driver} has no worker host")

@@ -8,8 +8,9 @@ Terms follow one another with ``->``; each is ``[COUNT*]ACTION``, and counts how
 - ``error(text)``: OSError with that text
 - ``delay(milliseconds)``: stand still
 
-``spawn.recorded=1*off->kill`` lets the first worker be put on record, and dies at the second. Without the variable,
-passing a failpoint costs one look-up in an empty dictionary.
+``spawn.recorded=1*off->kill`` lets the first worker be put on record, and dies at the second. ``@/path`` reads the same
+from a file each time a failpoint is passed, so that a test can arm one when all is in place; counts then begin anew.
+Without the variable, passing a failpoint costs one look-up in an empty dictionary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -66,6 +68,13 @@ def parse(text: str) -> dict[str, list[_Term]]:
     return scripts
 
 
+def _from_file(path: Path) -> dict[str, list[_Term]]:
+    try:
+        return parse(path.read_text().strip())
+    except FileNotFoundError:
+        return {}
+
+
 def _term(text: str) -> _Term:
     match = re.fullmatch(r"(?:(\d+)\*)?(off|kill|error|delay)(?:\((.*)\))?", text.strip())
     if match is None or (match[2] == "delay" and not (match[3] or "").isdigit()):
@@ -73,12 +82,14 @@ def _term(text: str) -> _Term:
     return _Term(match[2], match[3] or "", int(match[1]) if match[1] else -1)
 
 
-_scripts: dict[str, list[_Term]] = parse(os.environ.get(VARIABLE, ""))
+_variable: Final = os.environ.get(VARIABLE, "")
+_file: Final = Path(_variable[1:]) if _variable.startswith("@") else None
+_scripts: Final = parse("" if _file else _variable)
 
 
 def failpoint(name: str) -> None:
     """Here a test may make this process fail. Raises OSError when it is told to."""
-    script = _scripts.get(name)
+    script = _from_file(_file).get(name) if _file else _scripts.get(name)
     if not script:
         return
     term = script[0]

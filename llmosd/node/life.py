@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.restart import ExitStatus
@@ -100,6 +101,7 @@ class Life:
             return
         self.pid, self._pidfd = gate.pid, gate.pidfd
         try:
+            failpoint("spawn.gated")
             await self._in_thread(lambda: self._register(effect))
             await gate.go(program.order)
         except (OSError, SetUpError) as error:
@@ -111,6 +113,7 @@ class Life:
             await self._in_thread(self.group.release)
             self._fail(self._why(program, error))
             return
+        failpoint("spawn.gone")
         self._settled.set()
         self._loop.add_reader(self._pidfd, self._on_exit)
         self._emit(on.Spawned(self.worker, self.incarnation, self.pid, self.birth.identity, self.birth.token))
@@ -135,6 +138,7 @@ class Life:
     def _register(self, effect: do.Spawn) -> None:
         """Into its group, and on record: from here on the next daemon would find it."""
         self.group.enter(self.pid)
+        failpoint("spawn.grouped")
         ticks = records.start_ticks(self.pid)
         if ticks is None:
             raise ProcessLookupError(errno.ESRCH, "it was killed while it waited at the gate")
@@ -153,6 +157,7 @@ class Life:
             cgroup=self.group.cgroup,
         )
         records.write(self._directory, self._record)
+        failpoint("spawn.recorded")
 
     def _why(self, program: Program, error: OSError | SetUpError) -> on.SpawnFailed:
         if not isinstance(error, SetUpError):
@@ -195,11 +200,14 @@ class Life:
             return
         if stops:
             await self._in_thread(lambda: self._write(stopping=True))
+            failpoint("stop.recorded")
         if self._pidfd >= 0:
             try:
                 signal.pidfd_send_signal(self._pidfd, number)
             except ProcessLookupError:
                 pass  # it has just ended by itself
+        if stops:
+            failpoint("stop.signalled")
 
     def kill(self) -> None:
         """SIGKILL to the whole group, until it is empty; then Emptied."""
@@ -210,12 +218,16 @@ class Life:
         await self._settled.wait()
         if self.emptied.is_set():
             return  # the birth had failed
+        failpoint("kill.before")
         await self._in_thread(self.group.kill)
+        failpoint("kill.sent")
         await self._exited.wait()
         while not await self._in_thread(lambda: self.group.wait_empty(KILL_AGAIN_S)):
             await self._in_thread(self.group.kill)
         await self._in_thread(self.group.release)
+        failpoint("empty.seen")
         await self._in_thread(self._forget)
+        failpoint("empty.forgotten")
         self._emit(on.Emptied(self.worker, self.incarnation))
         self._end_of_life()
 
@@ -246,6 +258,7 @@ class Life:
             status = await self._in_thread(lambda: ended(self._pidfd, self.pid, REAPED_WITHIN_S))
         os.close(self._pidfd)
         self._pidfd = -1
+        failpoint("exit.seen")
         detail = await self._in_thread(self._last_words) if status != (0, None) else ""
         self._emit(on.Exited(self.worker, self.incarnation, ExitStatus(*status), detail))
         self._exited.set()

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.spec import Limits
@@ -190,6 +191,7 @@ class Node:
         if record.boot_id != records.boot_id():
             records.remove(self._records, record.worker)
             return None
+        failpoint("adopt.read")
         group = self.groups.known(record)
         life = Life(record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor)
         pidfd = records.open_process(record.pid, record.start_ticks)
@@ -201,6 +203,7 @@ class Node:
         self._keep(life)
         self._limits[record.worker] = record.limits
         life.take_over(record, pidfd)
+        failpoint("adopt.taken")
         return on.Adopted(
             worker=record.worker,
             incarnation=record.incarnation,

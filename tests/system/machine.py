@@ -56,6 +56,7 @@ class Machine:
         #: Of the daemon: added to this process's environment, and put before its command.
         self.env: dict[str, str] = {}
         self.prefix: tuple[str, ...] = ()
+        self._failpoint = ""
         self.daemon: subprocess.Popen[bytes] | None = None
         self._clients = contextlib.ExitStack()
         self.configure()
@@ -105,6 +106,20 @@ class Machine:
     def url(self) -> str:
         """Where the gateway is."""
         return f"http://127.0.0.1:{self.http_port}"
+
+    # -- failpoints (see llmosd.failpoint) ------------------------------------------------------------------
+
+    def prepare_failpoint(self, script: str) -> None:
+        """A failpoint for `arm`. Before the daemon is started."""
+        self._failpoint = script
+        self.env["LLMOSD_FAILPOINTS"] = f"@{self.root}/failpoint"
+
+    def arm(self) -> None:
+        """From now on the failpoint is in force, for the daemon that runs and for those to come."""
+        (self.root / "failpoint").write_text(self._failpoint)
+
+    def disarm(self) -> None:
+        (self.root / "failpoint").unlink()
 
     def log(self) -> str:
         return (self.root / "daemon.log").read_text(errors="replace")

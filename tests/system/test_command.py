@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import Machine, machine, wait_for
 from commands import ESCAPE, MODELS, done, fails, rows
+from machine import Machine, machine, wait_for
 
 
 @pytest.fixture(scope="module")

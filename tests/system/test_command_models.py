@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machine import SIMULATED, Machine, machine, wait_for
 from commands import MODELS, done, fails, rows
+from machine import SIMULATED, Machine, machine, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,51 @@
+"""Traffic that goes on whatever becomes of the daemon, and knows what each answer must be."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import llmos
+from llmos.errors import LlmosError
+
+#: Streams at once; together they keep all slots of the bystander busy.
+STREAMS = 8
+TOKENS = 40
+
+
+class Load:
+    """Streams from a simulated model, again and again, each compared with the one right answer."""
+
+    def __init__(self, runtime: Path, model: str) -> None:
+        self.done = 0
+        self.problems: list[str] = []
+        self._model = model
+        self._end = threading.Event()
+        self._client = llmos.Client(str(runtime), patience=30)
+        self._expected = [self._answer(number) for number in range(STREAMS)]
+        self._threads = [threading.Thread(target=self._stream, args=(number,)) for number in range(STREAMS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _answer(self, number: int) -> str:
+        return self._client.run(self._model, f"stream {number}", max_tokens=TOKENS, timeout=60).text
+
+    def _stream(self, number: int) -> None:
+        while not self._end.is_set():
+            try:
+                pieces = self._client.run(self._model, f"stream {number}", stream=True, max_tokens=TOKENS, timeout=60)
+                text = "".join(piece.text for piece in pieces)
+            except LlmosError as error:
+                self.problems.append(f"{type(error).__name__}: {error}")
+                return
+            if text != self._expected[number]:
+                self.problems.append(f"{text!r} is not {self._expected[number]!r}")
+            self.done += 1
+
+    def stop(self) -> None:
+        """Let the streams under way end, and fail if any was not right."""
+        self._end.set()
+        for thread in self._threads:
+            thread.join(90)
+        self._client.close()
+        assert self.problems == []

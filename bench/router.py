@@ -131,7 +131,7 @@ def a_daemon() -> Iterator[Arm]:
         made.model(peers.MODEL, _stub(made))
         made.start()
         made.wait_ready(peers.MODEL)
-        yield Arm(made.front, made.pid, made.worker_pid(f"{peers.MODEL}.1"))
+        yield Arm(made.front, made.pid, made.worker_pid(f"{peers.MODEL}@1"))
 
 
 def _stub(made: Machine) -> str:
@@ -140,7 +140,7 @@ def _stub(made: Machine) -> str:
 [engine]
 driver = "python"
 function = "{function}:generate"
-env = {{ BENCH_BACK = "{made.back}", BENCH_RECORD = "{made.runtime}/workers/{peers.MODEL}.1.json" }}
+env = {{ BENCH_BACK = "{made.back}", BENCH_RECORD = "{made.runtime}/workers/{peers.MODEL}@1.json" }}
 [limits]
 slots = 4096
 [scale]

@@ -158,8 +158,9 @@ class Fleet:
     def add(self, model: Model, name: str = "") -> Worker:
         """A new worker of a model, not started."""
         if not name:
+            # As systemd names instances: "@" can be in no model's name, so no worker is taken for a model.
             numbers = range(1, len(self.workers) + 2)
-            name = next(n for n in (f"{model.spec.model}.{k}" for k in numbers) if n not in self.workers)
+            name = next(n for n in (f"{model.spec.model}@{k}" for k in numbers) if n not in self.workers)
         worker = model.workers[name] = self.workers[name] = Worker(name, model.spec.model, model.spec)
         return worker
 

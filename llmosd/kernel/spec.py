@@ -202,5 +202,7 @@ class ModelSpec(Declared, frozen=True, kw_only=True):
         return self.kind == "model" and self.engine.hosted
 
 
+#: With this exit code a worker host says that trying again cannot help (EX_CONFIG of sysexits.h).
+EXIT_CANNOT_WORK: Final = 78
 #: Limits that only llmosd's own kernel looks at: they apply at once and touch no process.
 KERNEL_LIMITS: Final = frozenset({"slots", "queue_max", "max_tokens", "request_timeout"})

@@ -14,6 +14,7 @@ from llmosd.kernel.demand import Demand, kept
 from llmosd.kernel.fleet import PROBE_S, SIGTERM, Fleet, same_process
 from llmosd.kernel.lifecycle import ALIVE, State, Trigger
 from llmosd.kernel.restart import ExitStatus
+from llmosd.kernel.spec import EXIT_CANNOT_WORK
 from llmosd.kernel.timers import Timers
 from llmosd.kernel.verdict import judge
 from llmosd.kernel.worker import Model, Worker
@@ -66,6 +67,7 @@ class Supervisor:
         if worker is None:
             return
         worker.exit_status = worker.last_exit = event.status
+        worker.permanent = worker.spec.engine.hosted and event.status.code == EXIT_CANNOT_WORK
         worker.failure_reason = worker.failure_reason or event.detail
         cause = worker.failure_reason or str(event.status)
         self._out.append(do.Happened("exited", worker.name, cause, worker.model))

@@ -6,6 +6,7 @@ Uses `os.posix_spawn`: a fork of a process with threads of gRPC's or ZeroMQ's ma
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -31,6 +32,10 @@ ENVIRONMENT: Final = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "TERM",
     "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "HF_HOME", "CUDA_HOME", "NO_COLOR",
 )  # fmt: skip
+
+
+#: Errors of exec that trying again will not mend.
+HOPELESS: Final = frozenset({errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EISDIR})
 
 
 class User(msgspec.Struct, frozen=True):

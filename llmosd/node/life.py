@@ -23,7 +23,7 @@ from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.restart import ExitStatus
-from llmosd.launch.gate import FIRST_GRANT, Gate, Order, SetUpError
+from llmosd.launch.gate import FIRST_GRANT, HOPELESS, Gate, Order, SetUpError
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
 from llmosd.node.groups import Group
@@ -35,8 +35,6 @@ T = TypeVar("T")
 REAPED_WITHIN_S: Final = 2.0
 #: Seconds between two SIGKILLs to a group that does not go.
 KILL_AGAIN_S: Final = 2.0
-#: Errors of exec that trying again will not mend.
-_HOPELESS: Final = frozenset({errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EISDIR})
 
 
 class Birth(msgspec.Struct, frozen=True):
@@ -164,7 +162,7 @@ class Life:
             return on.SpawnFailed(self.worker, self.incarnation, "register", str(error))
         if error.step == "exec":
             why = f"cannot run {program.order.argv[0]}: {os.strerror(error.errno)}"
-            return on.SpawnFailed(self.worker, self.incarnation, "exec", why, error.errno in _HOPELESS)
+            return on.SpawnFailed(self.worker, self.incarnation, "exec", why, error.errno in HOPELESS)
         return on.SpawnFailed(self.worker, self.incarnation, error.step, str(error))
 
     def _fail(self, event: on.SpawnFailed) -> None:

@@ -13,10 +13,10 @@ from typing import Final
 
 import msgspec
 
-from llmosd.launch.gate import Gate, Order, SetUpError, inherited_environment
+from llmosd.launch.gate import HOPELESS, Gate, Order, SetUpError, inherited_environment
 from llmosd.launch.reap import reap
 from llmosd.worker.config import HostConfig
-from llmosd.worker.drivers import EngineEnded
+from llmosd.worker.drivers import CannotWork, EngineEnded
 from llmosd.worker.log import WorkerLog
 
 _READ_BYTES: Final = 1 << 16
@@ -63,7 +63,8 @@ class EngineProcess:
             await gate.go(order)
         except SetUpError as error:
             if error.step == "exec":
-                raise EngineEnded(f"cannot run {argv[0]}: {os.strerror(error.errno)}") from error
+                kind = CannotWork if error.errno in HOPELESS else EngineEnded
+                raise kind(f"cannot run {argv[0]}: {os.strerror(error.errno)}") from error
             raise EngineEnded(f"cannot set up {argv[0]}: {error.step}: {error}") from error
 
     async def ended(self) -> str:

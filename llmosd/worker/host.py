@@ -20,9 +20,10 @@ import uvloop
 from llmos.dealer import Dealer
 from llmos.protocol import frames as f
 from llmos.protocol.host import HostProtocol, StartRun, StopRun, Told
+from llmosd.kernel.spec import EXIT_CANNOT_WORK
 from llmosd.launch.reap import adopt_orphans, kill_descendants, reap_orphans
 from llmosd.worker.config import HostConfig, read
-from llmosd.worker.drivers import Call, Driver, EngineBrokeOff, EngineEnded, Finished, Item, RequestFailed
+from llmosd.worker.drivers import Call, CannotWork, Driver, EngineBrokeOff, EngineEnded, Finished, Item, RequestFailed
 from llmosd.worker.drivers.choice import driver_for
 from llmosd.worker.log import WorkerLog
 
@@ -49,6 +50,7 @@ class Host:
         self._flush_soon = False
         self._stopping = asyncio.Event()
         self._engine: asyncio.Task[str] | None = None
+        self._engine_exit = EXIT_ENGINE
         self._loop = asyncio.get_running_loop()
         #: A daemon that knows this worker answers. One that does not is no daemon for it.
         self._answered = False
@@ -68,7 +70,7 @@ class Host:
                 status = EXIT_ORPHANED
             elif engine.done() and not stopping.done():
                 await self._report_end(engine.result())
-                status = EXIT_ENGINE
+                status = self._engine_exit
             return status
         finally:
             for task in (engine, stopping, ticker, *self._running.values()):
@@ -84,6 +86,9 @@ class Host:
         """Bring the engine up and watch it; returns why it is no more."""
         try:
             await self._driver.start(self._on_progress)
+        except CannotWork as end:
+            self._engine_exit = EXIT_CANNOT_WORK
+            return str(end)
         except EngineEnded as end:
             return str(end)
         except Exception as error:  # noqa: BLE001  # whatever the driver ran into is the reason that there is no engine

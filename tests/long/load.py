@@ -48,4 +48,4 @@ class Load:
         for thread in self._threads:
             thread.join(90)
         self._client.close()
-        assert self.problems == []
+        assert not self.problems, self.problems

@@ -86,27 +86,27 @@ def bring_to(machine: Machine, state: str) -> None:
         return
     client.start("target")
     if state == "loading":
-        machine.wait_worker("target.1", "loading")
+        machine.wait_worker("target@1", "loading")
         return
-    machine.wait_worker("target.1", "ready")
+    machine.wait_worker("target@1", "ready")
     if state in ("busy", "draining"):
         tolerant(lambda other: other.run("target", "long", max_tokens=2000, timeout=20), machine)
-        wait_for("request that runs", lambda: machine.worker("target.1").slots_used)
+        wait_for("request that runs", lambda: machine.worker("target@1").slots_used)
     if state == "draining":
         client.stop("target")
-        machine.wait_worker("target.1", "draining")
+        machine.wait_worker("target@1", "draining")
     if state == "frozen":
-        client.kill("target.1", signal.SIGSTOP)
-        machine.wait_worker("target.1", "frozen")
+        client.kill("target@1", signal.SIGSTOP)
+        machine.wait_worker("target@1", "frozen")
 
 
 def operate(machine: Machine, operation: str, state: str) -> None:
     """Do what makes the daemon pass the failpoint."""
     if operation == "start" and state == "backoff":
         machine.client.start("target")
-        machine.wait_worker("target.1", "ready")
+        machine.wait_worker("target@1", "ready")
         machine.arm()
-        tolerant(lambda client: client.kill("target.1", signal.SIGKILL), machine)
+        tolerant(lambda client: client.kill("target@1", signal.SIGKILL), machine)
     elif operation == "start":
         machine.arm()
         tolerant(lambda client: client.start("target"), machine)
@@ -115,7 +115,7 @@ def operate(machine: Machine, operation: str, state: str) -> None:
         tolerant(lambda client: client.stop("target", now=True), machine)
     elif operation == "kill":
         machine.arm()
-        tolerant(lambda client: client.kill("target.1", signal.SIGKILL), machine)
+        tolerant(lambda client: client.kill("target@1", signal.SIGKILL), machine)
     elif operation == "apply":
         machine.arm()
         changed = TARGET.format(load="60ms")
@@ -135,7 +135,7 @@ def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
     a_machine.model(BYSTANDER)
     a_machine.prepare_failpoint(f"{failpoint}=kill")
     a_machine.start()
-    before = a_machine.wait_worker("bystander.1", "ready")
+    before = a_machine.wait_worker("bystander@1", "ready")
     load = Load(a_machine.runtime, "bystander")
     if operation != "start" or state == "stopped":
         bring_to(a_machine, state)
@@ -147,16 +147,16 @@ def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
     a_machine.disarm()
     a_machine.start()
 
-    after = a_machine.wait_worker("bystander.1", "ready")
+    after = a_machine.wait_worker("bystander@1", "ready")
     assert (after.pid, after.restarts) == (before.pid, before.restarts)
     wait_for("target that has settled", lambda: is_settled(a_machine))
     a_machine.check_processes()
     check_ledger(a_machine)
     # It serves: whatever had been done to it, an operator can have it again.
     a_machine.client.start("target")
-    if a_machine.worker("target.1").state == "frozen":
-        a_machine.client.kill("target.1", signal.SIGCONT)
-    a_machine.wait_worker("target.1", "ready")
+    if a_machine.worker("target@1").state == "frozen":
+        a_machine.client.kill("target@1", signal.SIGCONT)
+    a_machine.wait_worker("target@1", "ready")
     assert len(a_machine.client.run("target", "again", max_tokens=3, timeout=30).text.split()) == 3
     load.stop()
     a_machine.check_processes()

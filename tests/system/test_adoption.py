@@ -34,13 +34,13 @@ def test_workers_live_on_when_their_daemon_is_killed_and_serve_the_next_one(a_ma
     assert {worker.name: (worker.pid, worker.engine_pid) for worker in client.ps()} == before
     assert sorted(a_machine.processes()) == processes
     # They are the new daemon's in every way: signals, limits, stop, and how they ended.
-    client.set_limits("sim.1", {"nice": "7"})
-    wait_for("nice value", lambda: os.getpriority(os.PRIO_PROCESS, before["sim.1"][0]) == 7)
-    os.kill(before["stub.1"][0], signal.SIGKILL)
-    again = a_machine.wait_worker("stub.1", "ready", not_pid=before["stub.1"][0])
+    client.set_limits("sim@1", {"nice": "7"})
+    wait_for("nice value", lambda: os.getpriority(os.PRIO_PROCESS, before["sim@1"][0]) == 7)
+    os.kill(before["stub@1"][0], signal.SIGKILL)
+    again = a_machine.wait_worker("stub@1", "ready", not_pid=before["stub@1"][0])
     assert again.last_exit == "killed by signal 9"  # though the daemon was not its parent
     client.stop("plain")
-    assert a_machine.wait_worker("plain.1", "stopped").pid == 0
+    assert a_machine.wait_worker("plain@1", "stopped").pid == 0
     a_machine.check_processes()
 
 
@@ -51,16 +51,16 @@ def test_a_worker_that_was_being_stopped_is_not_up_again_after_a_crash_of_the_da
     client = a_machine.client
     before = client.wait(client.start("slow-end").workers)[0]
     client.stop("slow-end", now=True)
-    a_machine.wait_worker("slow-end.1", "stopping")
-    record = a_machine.runtime / "workers" / "slow-end.1.json"
+    a_machine.wait_worker("slow-end@1", "stopping")
+    record = a_machine.runtime / "workers" / "slow-end@1.json"
     wait_for("intent on record", lambda: '"stopping":true' in record.read_text())
     a_machine.kill()
     assert psutil.pid_exists(before.pid)
     a_machine.start()
-    worker = a_machine.worker("slow-end.1")
+    worker = a_machine.worker("slow-end@1")
     assert (worker.state, worker.pid) == ("stopping", before.pid)
-    a_machine.client.kill("slow-end.1", "KILL")
-    assert a_machine.wait_worker("slow-end.1", "stopped").pid == 0
+    a_machine.client.kill("slow-end@1", "KILL")
+    assert a_machine.wait_worker("slow-end@1", "stopped").pid == 0
     assert not record.exists()
 
 
@@ -77,7 +77,7 @@ def test_what_is_left_of_a_worker_that_died_without_a_daemon_is_ended(a_machine:
     # Before the daemon serves anybody.
     assert not any(_lives(process) for process in tree)
     assert a_machine.processes() == []
-    assert not (a_machine.runtime / "workers" / "stubborn.1.json").exists()
+    assert not (a_machine.runtime / "workers" / "stubborn@1.json").exists()
     client = a_machine.client
     assert client.wait(client.start("stubborn").workers)[0].pid != before.pid
 
@@ -91,17 +91,17 @@ def test_a_damaged_record_is_set_aside_and_its_worker_ends_by_itself(a_machine: 
     before = client.wait([*client.start("sim").workers, *client.start("other").workers])
     pids = {worker.name: worker.pid for worker in before}
     a_machine.kill()
-    record = a_machine.runtime / "workers" / "sim.1.json"
+    record = a_machine.runtime / "workers" / "sim@1.json"
     record.write_bytes(record.read_bytes()[:100])
     a_machine.start()
     assert record.with_suffix(".damaged").exists() and not record.exists()
     warned = [event for event in a_machine.client.events() if event.kind == "warning"]
-    assert any("was set aside" in event.message and event.subject == "sim.1" for event in warned)
+    assert any("was set aside" in event.message and event.subject == "sim@1" for event in warned)
     # Not killed: nobody can tell what it is. No daemon answers it, so it ends.
     assert a_machine.client.run("sim", "hello", max_tokens=1).completion_tokens == 1
-    assert a_machine.worker("sim.1").pid != pids["sim.1"]
-    assert a_machine.worker("other.1").pid == pids["other.1"]
-    wait_for("end of the stranger", lambda: not psutil.pid_exists(pids["sim.1"]))
+    assert a_machine.worker("sim@1").pid != pids["sim@1"]
+    assert a_machine.worker("other@1").pid == pids["other@1"]
+    wait_for("end of the stranger", lambda: not psutil.pid_exists(pids["sim@1"]))
     a_machine.check_processes()
 
 
@@ -115,10 +115,10 @@ def test_a_worker_whose_model_file_went_or_changed_meanwhile_is_ended_or_replace
     (a_machine.models / "goes.toml").unlink()
     a_machine.model(simulated("changes", decode_rate=50))
     a_machine.start()
-    assert a_machine.wait_worker("changes.1", "ready", not_pid=before["changes"]).pid
+    assert a_machine.wait_worker("changes@1", "ready", not_pid=before["changes"]).pid
     wait_for("end of the one", lambda: not psutil.pid_exists(before["goes"]))
     wait_for("forgotten model", lambda: {m.name for m in a_machine.client.models()} == {"changes", "stays"})
-    assert a_machine.wait_worker("stays.1", "ready").pid == before["stays"]
+    assert a_machine.wait_worker("stays@1", "ready").pid == before["stays"]
 
 
 def test_without_a_daemon_workers_end_with_all_they_forked_after_the_orphan_timeout(a_machine: Machine) -> None:

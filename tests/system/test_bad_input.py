@@ -44,7 +44,7 @@ def test_a_bad_file_on_reload_is_refused_with_line_and_reason_and_the_running_se
     assert client.run("comes", "hello", max_tokens=1).completion_tokens == 1
     for name in ("stays", "breaks"):
         assert client.run(name, "hello", max_tokens=1).completion_tokens == 1
-        assert a_machine.worker(f"{name}.1").pid == pids[name]
+        assert a_machine.worker(f"{name}@1").pid == pids[name]
     with pytest.raises(NotFound, match="no model 'goes'"):
         client.run("goes", "hello")
     a_machine.check_processes()
@@ -60,12 +60,12 @@ def test_a_reload_changes_what_runs_to_what_the_files_say(a_machine: Machine) ->
     before = client.wait(client.start("sim").workers)[0]
     a_machine.model(simulated("sim", slots=3))
     hang_up(a_machine)
-    assert (a_machine.worker("sim.1").slots, a_machine.worker("sim.1").pid) == (3, before.pid)
+    assert (a_machine.worker("sim@1").slots, a_machine.worker("sim@1").pid) == (3, before.pid)
     a_machine.model(simulated("sim", slots=3, decode_rate=77))
     hang_up(a_machine)
-    a_machine.wait_worker("sim.1", "ready", not_pid=before.pid)
+    a_machine.wait_worker("sim@1", "ready", not_pid=before.pid)
     hang_up(a_machine)
-    assert a_machine.worker("sim.1").restarts == 1
+    assert a_machine.worker("sim@1").restarts == 1
 
 
 BAD_FILES = {

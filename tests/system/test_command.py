@@ -52,11 +52,11 @@ def test_ps_shows_workers_as_a_table_and_as_json_with_the_same_fields(running: M
     head, row = done(running, "ps", "sim").splitlines()
     columns = "WORKER MODEL PID STATE WHY CPUS CPU% MEMORY GPU MEM SLOTS QUEUE RESTARTS UPTIME"
     assert set(columns.split()) <= set(head.split())
-    assert row.split()[:2] == ["sim.1", "sim"]
+    assert row.split()[:2] == ["sim@1", "sim"]
     (worker,) = rows(running, "ps", "sim")
     assert {"name", "model", "pid", "state", "why", "cpus", "cpu_percent", "memory_bytes", "gpus", "gpu_memory_bytes",
             "slots_used", "slots", "queue", "restarts", "uptime"} <= set(worker)  # fmt: skip
-    assert (worker["name"], worker["state"], worker["pid"]) == ("sim.1", "ready", running.worker("sim.1").pid)
+    assert (worker["name"], worker["state"], worker["pid"]) == ("sim@1", "ready", running.worker("sim@1").pid)
 
 
 def test_every_verb_that_looks_answers_in_json(running: Machine) -> None:
@@ -154,16 +154,16 @@ def test_an_interrupted_run_cancels_its_request(running: Machine, following: Any
 
 def test_start_stop_and_restart_come_back_when_it_is_so_and_say_what_happened(running: Machine) -> None:
     done(running, "start", "slow")
-    first = running.worker("slow.1")
+    first = running.worker("slow@1")
     assert first.state == "ready"
-    assert done(running, "stop", "slow") == "slow.1 is stopped.\n"
+    assert done(running, "stop", "slow") == "slow@1 is stopped.\n"
     assert not Path(f"/proc/{first.pid}").exists()
     said = done(running, "start", "slow")
-    second = running.worker("slow.1")
-    assert said.splitlines()[-1] == f"slow.1 is ready, pid {second.pid}."
-    said = done(running, "restart", "slow.1")
-    third = running.worker("slow.1")
-    assert said.splitlines()[-1] == f"slow.1 is ready, pid {third.pid}."
+    second = running.worker("slow@1")
+    assert said.splitlines()[-1] == f"slow@1 is ready, pid {second.pid}."
+    said = done(running, "restart", "slow@1")
+    third = running.worker("slow@1")
+    assert said.splitlines()[-1] == f"slow@1 is ready, pid {third.pid}."
     assert len({first.pid, second.pid, third.pid}) == 3
     assert done(running, "stop", "slow", "--no-wait")
     done(running, "start", "slow")
@@ -178,34 +178,34 @@ def test_a_stopped_model_refuses_requests_and_says_how_to_start_it(running: Mach
 
 def test_a_model_that_fails_to_start_shows_its_reason_and_its_last_words(running: Machine) -> None:
     said = fails(running, 1, "start", "dying")
-    assert "dying.1 has failed" in said
+    assert "dying@1 has failed" in said
     assert "exited with code 3" in said
     assert "  | tuning the strings" in said
     assert "  | the bow is broken" in said
-    assert "llmos logs dying.1" in said
+    assert "llmos logs dying@1" in said
     (worker,) = rows(running, "ps", "-a", "dying")
     assert worker["state"] == "failed"
     assert "the bow is broken" in worker["why"]
-    assert "the bow is broken" in done(running, "logs", "dying.1")
+    assert "the bow is broken" in done(running, "logs", "dying@1")
     assert "llmos reset dying" in fails(running, 1, "run", "dying", "x")
-    assert done(running, "reset", "dying") == "dying.1 is stopped.\n"
+    assert done(running, "reset", "dying") == "dying@1 is stopped.\n"
 
 
 def test_kill_sends_signals_and_says_to_whom(running: Machine) -> None:
     done(running, "start", "sim")
-    old = running.worker("sim.1").pid
-    assert done(running, "kill", "-s", "KILL", "sim") == "SIGKILL went to sim.1.\n"
-    running.wait_worker("sim.1", "ready", not_pid=old)
+    old = running.worker("sim@1").pid
+    assert done(running, "kill", "-s", "KILL", "sim") == "SIGKILL went to sim@1.\n"
+    running.wait_worker("sim@1", "ready", not_pid=old)
     assert rows(running, "ps", "sim")[0]["restarts"] >= 1
-    assert done(running, "kill", "-s", "STOP", "sim.1") == "SIGSTOP went to sim.1.\n"
-    running.wait_worker("sim.1", "frozen")
-    done(running, "kill", "-s", "CONT", "sim.1")
-    running.wait_worker("sim.1", "ready")
+    assert done(running, "kill", "-s", "STOP", "sim@1") == "SIGSTOP went to sim@1.\n"
+    running.wait_worker("sim@1", "frozen")
+    done(running, "kill", "-s", "CONT", "sim@1")
+    running.wait_worker("sim@1", "ready")
 
 
 def test_logs_are_followed_over_a_restart_of_the_worker(running: Machine, following: Any) -> None:
     done(running, "restart", "sim")
-    process = following("logs", "-f", "-n", "1", "sim.1")
+    process = following("logs", "-f", "-n", "1", "sim@1")
     first = process.stdout.readline()
     assert first.strip()
     done(running, "restart", "sim")
@@ -222,6 +222,6 @@ def test_events_are_followed(running: Machine, following: Any) -> None:
     kinds = []
     while kinds[-1:] != ["ready"]:
         event = json.loads(process.stdout.readline())
-        if event["cursor"] > newest and event["subject"] == "sim.1":
+        if event["cursor"] > newest and event["subject"] == "sim@1":
             kinds.append(event["kind"])
     assert kinds == ["draining", "stopping", "exited", "stopped", "starting", "loading", "ready"]

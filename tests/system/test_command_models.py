@@ -87,7 +87,7 @@ def test_the_exit_code_says_what_kind_of_failure_it_was(
 
 def test_a_worker_is_not_removed_its_model_is(running: Machine) -> None:
     done(running, "start", "sim")
-    assert "remove its model, sim" in fails(running, 5, "rm", "sim.1")
+    assert "remove its model, sim" in fails(running, 5, "rm", "sim@1")
 
 
 def test_without_a_daemon_the_exit_code_is_3_and_says_where_it_was_looked_for(a_machine: Machine) -> None:

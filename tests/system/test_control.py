@@ -91,7 +91,7 @@ def test_a_generic_client_gets_status_and_workers(server: Reflected, running: Ma
     assert running.daemon is not None
     assert (status["state"], status["pid"], status["models"]) == ("running", running.daemon.pid, 1)
     (worker,) = server.call(f"{CONTROL}/ListWorkers")["workers"]
-    assert (worker["name"], worker["state"], worker["simulated"]) == ("sim.1", "ready", True)
+    assert (worker["name"], worker["state"], worker["simulated"]) == ("sim@1", "ready", True)
     assert os.path.exists(f"/proc/{worker['pid']}")  # noqa: PTH110
 
 
@@ -235,7 +235,7 @@ def test_workers_are_watched_as_they_change(server: Reflected, running: Machine)
 
 def test_events_go_on_from_a_cursor_without_a_gap_or_a_repeat(server: Reflected, running: Machine) -> None:
     running.client.restart("sim")
-    running.wait_worker("sim.1", "ready")
+    running.wait_worker("sim@1", "ready")
     whole = list(server.call(f"{CONTROL}/WatchEvents"))
     assert [event["kind"] for event in whole][:1] == ["applied"]
     cursors = [int(event["cursor"]) for event in whole]
@@ -248,9 +248,9 @@ def test_events_go_on_from_a_cursor_without_a_gap_or_a_repeat(server: Reflected,
     followed = server.call(f"{CONTROL}/WatchEvents", after=cursors[-1], follow=True)
     running.client.stop("sim")
     assert next(followed)["message"] == "stopped by an operator"
-    running.wait_worker("sim.1", "stopped")
+    running.wait_worker("sim@1", "stopped")
     running.client.start("sim")
-    running.wait_worker("sim.1", "ready")
+    running.wait_worker("sim@1", "ready")
 
 
 def test_the_librarys_events_go_on_over_a_restart_of_the_daemon(a_machine: Machine) -> None:
@@ -264,7 +264,7 @@ def test_the_librarys_events_go_on_over_a_restart_of_the_daemon(a_machine: Machi
         with llmos.Client(str(a_machine.runtime)) as client:
             for event in client.events(follow=True):
                 cursors.append(event.cursor)
-                if event.kind == "stopped" and event.subject == "sim.1":
+                if event.kind == "stopped" and event.subject == "sim@1":
                     break
         done.set()
 

@@ -62,7 +62,7 @@ def test_a_server_command_gets_its_port_key_headers_and_its_own_name_for_the_mod
     answer = client.run("keyed", "one two three", max_tokens=4)
     assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == (" w0 w1 w2 w3", 3, 4)
     assert answer.tokens_exact and answer.data["model"] == "keyed"
-    port = next(int(line.rpartition(" ")[2]) for line in client.logs("keyed.1") if line.startswith("serves on"))
+    port = next(int(line.rpartition(" ")[2]) for line in client.logs("keyed@1") if line.startswith("serves on"))
     seen = get(port, "/seen")[-1]
     assert seen["body"]["model"] == "inner"
     assert (seen["headers"]["authorization"], seen["headers"]["x-team"]) == ("Bearer secret", "blue")
@@ -73,7 +73,7 @@ def test_a_key_file_that_cannot_be_read_is_the_reason_in_ps(shared: Machine) -> 
     client = shared.client
     client.apply(openai("keyless", engine='api_key_file = "/no/such/key"'))
     client.start("keyless")
-    assert "cannot read api_key_file /no/such/key" in shared.wait_worker("keyless.1", "backoff").why
+    assert "cannot read api_key_file /no/such/key" in shared.wait_worker("keyless@1", "failed").why
     client.stop("keyless")
 
 
@@ -101,12 +101,12 @@ def test_an_engines_error_comes_through_as_it_is(shared: Machine) -> None:
 
 def test_a_stream_that_breaks_off_is_an_error_and_not_a_short_answer(shared: Machine) -> None:
     shared.client.apply(openai("usage"))
-    pid = shared.wait_worker("usage.1", "ready").pid
+    pid = shared.wait_worker("usage@1", "ready").pid
     answer = shared.client.run("usage", "drop", stream=True, max_tokens=20)
     assert [next(answer).text for _ in range(3)] == [" w0", " w1", " w2"]
     with pytest.raises(EngineError, match="broke off"):
         next(answer)
-    assert shared.worker("usage.1").pid == pid
+    assert shared.worker("usage@1").pid == pid
 
 
 def test_a_reader_that_goes_away_takes_its_request_from_the_engine(shared: Machine) -> None:
@@ -133,13 +133,13 @@ def test_an_attached_engine_is_routed_to_never_touched_and_missed_when_it_goes(s
     with started(port) as engine:
         client.apply(attached("elsewhere", port))
         assert client.run("elsewhere", "hello", max_tokens=3).text == " w0 w1 w2"
-        before = shared.worker("elsewhere.1")
+        before = shared.worker("elsewhere@1")
         assert before.engine_pid == 0
         client.restart("elsewhere")
-        after = shared.wait_worker("elsewhere.1", "ready", not_pid=before.pid)
+        after = shared.wait_worker("elsewhere@1", "ready", not_pid=before.pid)
         assert engine.poll() is None
         engine.kill()
-    gone = shared.wait_worker("elsewhere.1", "backoff", "loading", not_pid=after.pid)
+    gone = shared.wait_worker("elsewhere@1", "backoff", "loading", not_pid=after.pid)
     assert gone.restarts > after.restarts or "does not answer any more" in gone.why
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(client.run, "elsewhere", "hello", max_tokens=2)
@@ -158,23 +158,23 @@ def test_a_command_is_supervised_logged_and_restarted_and_takes_no_requests(shar
     script = 'echo "hello from $NAME"; exec sleep 1000'
     client.apply(command(["sh", "-c", script], name="plain", engine='env = { NAME = "plain" }'))
     client.start("plain")
-    before = shared.wait_worker("plain.1", "ready")
-    wait_for("output", lambda: "hello from plain" in list(client.logs("plain.1")))
+    before = shared.wait_worker("plain@1", "ready")
+    wait_for("output", lambda: "hello from plain" in list(client.logs("plain@1")))
     os.kill(before.pid, signal.SIGKILL)
-    after = shared.wait_worker("plain.1", "ready", not_pid=before.pid)
+    after = shared.wait_worker("plain@1", "ready", not_pid=before.pid)
     assert (after.restarts, after.last_exit) == (1, "killed by signal 9")
-    wait_for("its output again", lambda: list(client.logs("plain.1")).count("hello from plain") == 2)
+    wait_for("its output again", lambda: list(client.logs("plain@1")).count("hello from plain") == 2)
     with pytest.raises(NotFound, match="no model 'plain'"):
         client.run("plain", "hello")
     client.stop("plain")
-    assert shared.wait_worker("plain.1", "stopped").last_exit == "killed by signal 15"
+    assert shared.wait_worker("plain@1", "stopped").last_exit == "killed by signal 15"
 
 
 def test_a_command_that_ends_well_is_not_restarted(shared: Machine) -> None:
     client = shared.client
     client.apply(command(["true"], name="once"))
     client.start("once")
-    assert shared.wait_worker("once.1", "stopped").restarts == 0
+    assert shared.wait_worker("once@1", "stopped").restarts == 0
 
 
 # -- python -----------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_a_python_generator_that_raises_fails_its_request_and_not_its_worker(sha
     for stream in (False, True):
         with pytest.raises(EngineError, match="raised ValueError: no more words"):
             list(client.run("raises", "hello", stream=stream))  # type: ignore[call-overload]
-    assert shared.worker("raises.1").state == "ready" and shared.worker("raises.1").restarts == 0
+    assert shared.worker("raises@1").state == "ready" and shared.worker("raises@1").restarts == 0
 
 
 def test_a_python_generator_is_closed_when_its_reader_goes_away(shared: Machine) -> None:
@@ -231,7 +231,7 @@ def test_a_python_function_that_cannot_be_loaded_is_the_reason_in_ps(
 ) -> None:
     shared.client.apply(python("unloadable", function))
     shared.client.start("unloadable")
-    why = shared.wait_worker("unloadable.1", "backoff").why
+    why = shared.wait_worker("unloadable@1", "backoff").why
     assert f"cannot load {function}" in why and reason in why
     shared.client.remove("unloadable")
 
@@ -256,7 +256,7 @@ def test_a_simulated_engine_keeps_its_declared_rates_and_says_that_it_is_simulat
     answer = client.run("fast", "one two three", max_tokens=5)
     assert (answer.prompt_tokens, answer.completion_tokens, len(answer.text.split())) == (3, 5, 5)
     assert answer.data["system_fingerprint"] == "simulated"
-    assert client.model("fast").simulated and shared.worker("fast.1").simulated
+    assert client.model("fast").simulated and shared.worker("fast@1").simulated
     assert "simulated" in shared.llmos("ps").stdout
     with pytest.raises(Unsupported, match="simulated engine serves"):
         client.embed("fast", "hello")

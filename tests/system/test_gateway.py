@@ -92,7 +92,7 @@ def test_metrics_are_what_prometheus_reads(served: Machine) -> None:
         for family in text_string_to_metric_families(answer.body)
         for sample in family.samples
     }
-    assert samples[("llmos_worker_up", ("model", "sim"), ("worker", "sim.1"))] == 1
+    assert samples[("llmos_worker_up", ("model", "sim"), ("worker", "sim@1"))] == 1
     assert samples[("llmos_events_total", ("event", "done"))] >= 1
     assert samples[("llmos_http_answers_total", ("status", "200"))] >= 1
     assert samples[("llmos_uptime_seconds",)] > 0
@@ -109,7 +109,7 @@ def test_a_client_that_disconnects_in_a_stream_cancels_its_request(served: Machi
         process.stdout.readline()
         wait_for_requests(served, "slow", 1, "running")
     wait_for_requests(served, "slow", 0)
-    assert served.worker("slow.1").slots_used == 0
+    assert served.worker("slow@1").slots_used == 0
 
 
 def test_a_client_that_disconnects_before_its_whole_answer_cancels_its_request(served: Machine) -> None:
@@ -139,7 +139,7 @@ def test_a_client_that_reads_nothing_slows_nobody_else(served: Machine) -> None:
         lazy.connect(("127.0.0.1", served.http_port))
         lazy.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         assert lazy.recv(12) == b"HTTP/1.1 200"
-        gateway = served.worker("gateway.1").pid
+        gateway = served.worker("gateway@1").pid
         before = memory_bytes(gateway)
         for _ in range(5):
             begun = time.monotonic()
@@ -156,14 +156,14 @@ def memory_bytes(pid: int) -> int:
 
 
 def test_a_killed_gateway_comes_back_on_the_same_port_and_its_requests_end(served: Machine) -> None:
-    old = served.wait_worker("gateway.1", "ready")
+    old = served.wait_worker("gateway@1", "ready")
     with asking(served, "slow") as process:
         process.stdout.readline()
         os.kill(old.pid, signal.SIGKILL)
         # The socket is the daemon's: who connects meanwhile waits, and is not refused.
         assert curl(served, "/health").json == {"status": "ok"}
         assert process.wait(10) != 0
-    served.wait_worker("gateway.1", "ready", not_pid=old.pid)
+    served.wait_worker("gateway@1", "ready", not_pid=old.pid)
     wait_for_requests(served, "slow", 0)
     assert post(served, "/v1/completions", {"model": "sim", "prompt": "x", "max_tokens": 1}).status == 200
 
@@ -173,33 +173,33 @@ def test_a_gateway_outlives_a_killed_daemon_and_serves_the_next_one(a_machine: M
     a_machine.model(SIMULATED)
     a_machine.start()
     assert curl(a_machine, "/health").status == 200
-    old = a_machine.wait_worker("gateway.1", "ready").pid
+    old = a_machine.wait_worker("gateway@1", "ready").pid
     a_machine.kill()
     a_machine.start()
     assert a_machine.client.status().gateway_url == a_machine.url
     assert post(a_machine, "/v1/completions", {"model": "sim", "prompt": "x", "max_tokens": 1}).status == 200
-    assert a_machine.worker("gateway.1").pid == old
+    assert a_machine.worker("gateway@1").pid == old
     # Only now does this daemon open a socket of its own.
     os.kill(old, signal.SIGKILL)
-    a_machine.wait_worker("gateway.1", "ready", not_pid=old)
+    a_machine.wait_worker("gateway@1", "ready", not_pid=old)
     assert post(a_machine, "/v1/completions", {"model": "sim", "prompt": "x", "max_tokens": 1}).status == 200
 
 
 def test_a_gateway_of_other_settings_does_not_go_on_at_the_next_daemon(a_machine: Machine) -> None:
     a_machine.configure(gateway=True)
     a_machine.start()
-    old = a_machine.wait_worker("gateway.1", "ready").pid
+    old = a_machine.wait_worker("gateway@1", "ready").pid
     a_machine.kill()
     a_machine.configure('[scheduler]\nbody_max = "1K"', gateway=True)
     a_machine.start()
-    a_machine.wait_worker("gateway.1", "ready", not_pid=old)
+    a_machine.wait_worker("gateway@1", "ready", not_pid=old)
     assert post(a_machine, "/v1/completions", {"model": "x" * 2000}).status == 413
 
 
 def test_a_gateway_without_a_daemon_ends_in_the_end(a_machine: Machine) -> None:
     a_machine.configure('[node]\norphan_timeout = "1s"', gateway=True)
     a_machine.start()
-    a_machine.wait_worker("gateway.1", "ready")
+    a_machine.wait_worker("gateway@1", "ready")
     wait_for("answer", lambda: curl(a_machine, "/health").status == 200)
     a_machine.kill()
     wait_for("end of the gateway", lambda: not a_machine.processes())

@@ -24,8 +24,8 @@ def served() -> Iterator[Machine]:
         made.start()
         yield made
         # Whatever came in, the gateway is the one that was started.
-        assert made.worker("gateway.1").restarts == 0
-        assert "Traceback" not in made.llmos("logs", "-n", "all", "gateway.1").stdout
+        assert made.worker("gateway@1").restarts == 0
+        assert "Traceback" not in made.llmos("logs", "-n", "all", "gateway@1").stdout
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def check_service(shared: Machine) -> None:
     """Nothing fell over, and others are served."""
     assert shared.client.run("sim", "one two", max_tokens=2, timeout=20).completion_tokens == 2
     assert counted(shared, "faults") == 0
-    assert shared.worker("sim.1").restarts == 0
+    assert shared.worker("sim@1").restarts == 0
 
 
 def test_random_bytes_are_counted_and_dropped(shared: Machine, side: str) -> None:
@@ -116,7 +116,7 @@ def test_a_client_that_speaks_another_version_is_told_so(shared: Machine) -> Non
 #: By a field's type: values that can be read, and are absurd.
 ABSURD: dict[str, tuple[object, ...]] = {
     "bytes": (b"", bytes(16), bytes(24), b"\xff" * 24),
-    "str": ("", "sim", "sim.1", "/v1/completions", "\0", "ä" * 200, "../../etc/passwd", "{}" * 50),
+    "str": ("", "sim", "sim@1", "/v1/completions", "\0", "ä" * 200, "../../etc/passwd", "{}" * 50),
     "bool": (True, False),
     "float": (0.0, -3.0, 1e300),
     "Priority": (0, -(2**31), 2**31 - 1),
@@ -149,7 +149,7 @@ def test_well_formed_messages_with_absurd_values_do_no_harm(shared: Machine, sid
         waiting = shared.client.run("fuzzed", "hello", stream=True, max_tokens=10_000)
         assert next(waiting).text
         rids.append(bytes.fromhex(shared.client.requests("fuzzed")[0].id))
-        record = json.loads((shared.runtime / "workers" / "fuzzed.1.json").read_text())
+        record = json.loads((shared.runtime / "workers" / "fuzzed@1.json").read_text())
         identity = b64decode(record["identity"])
     readable = 0
     with Peer(shared, side, identity) as peer:
@@ -186,7 +186,7 @@ def test_a_worker_with_the_right_identity_and_a_wrong_token_is_not_heard_and_who
 ) -> None:
     text = simulated("displaced", rest='[timeouts]\nsilence = "500ms"\n')
     shared.client.wait(shared.client.apply(text).workers or shared.client.start("displaced").workers)
-    record = json.loads((shared.runtime / "workers" / "displaced.1.json").read_text())
+    record = json.loads((shared.runtime / "workers" / "displaced@1.json").read_text())
     before = counted(shared, "unknown_worker")
     with Peer(shared, "back", b64decode(record["identity"])) as peer:
         hello = f.WorkerHello(b64decode(record["identity"]), b"wrong", 1, "ready", 4096)
@@ -194,7 +194,7 @@ def test_a_worker_with_the_right_identity_and_a_wrong_token_is_not_heard_and_who
         wait_for("count of it", lambda: counted(shared, "unknown_worker") > before)
     # ZeroMQ has given its place away, so the worker is deaf: that shows as soon as it has something to do.
     assert shared.client.run("displaced", "hello", max_tokens=2).completion_tokens == 2
-    assert shared.worker("displaced.1").restarts == 1
+    assert shared.worker("displaced@1").restarts == 1
     check_service(shared)
 
 
@@ -271,9 +271,9 @@ def test_a_client_that_is_killed_mid_stream_takes_its_request_from_the_engine(sh
         command = [sys.executable, "-c", CLIENT, str(shared.runtime), model]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
             assert client.stdout is not None and client.stdout.readline()
-            assert shared.worker(f"{model}.1").slots_used == 1
+            assert shared.worker(f"{model}@1").slots_used == 1
             client.send_signal(signal.SIGKILL)
         # Far sooner than any time-out: the daemon holds a pidfd of the client's process.
-        wait_for("free slot", lambda m=model: shared.worker(f"{m}.1").slots_used == 0, 2)  # type: ignore[misc]
+        wait_for("free slot", lambda m=model: shared.worker(f"{m}@1").slots_used == 0, 2)  # type: ignore[misc]
         assert not [request for request in shared.client.requests(model) if request.state == "running"]
     check_service(shared)

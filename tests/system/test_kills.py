@@ -98,25 +98,25 @@ def test_a_frozen_worker_is_not_hung_and_goes_on_where_it_was(shared: Machine) -
     worker = client.wait(client.start("sim").workers)[0]
     answer = client.run("sim", "one two", stream=True, max_tokens=40)
     assert next(answer).text
-    assert shared.llmos("kill", "-s", "STOP", "sim.1").returncode == 0
-    shared.wait_worker("sim.1", "frozen")
+    assert shared.llmos("kill", "-s", "STOP", "sim@1").returncode == 0
+    shared.wait_worker("sim@1", "frozen")
     # More than twice the silence after which it would be hung; that long, nothing may happen.
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
-        assert shared.worker("sim.1").state == "frozen"
-    assert shared.llmos("kill", "-s", "CONT", "sim.1").returncode == 0
+        assert shared.worker("sim@1").state == "frozen"
+    assert shared.llmos("kill", "-s", "CONT", "sim@1").returncode == 0
     assert sum(1 for _ in answer) >= 39
-    after = shared.worker("sim.1")
+    after = shared.worker("sim@1")
     assert (after.pid, after.state, after.restarts) == (worker.pid, "ready", worker.restarts)
 
 
 def test_a_frozen_worker_can_be_stopped(shared: Machine) -> None:
     client = shared.client
     client.wait(client.start("stub").workers)
-    client.kill("stub.1", "STOP")
-    shared.wait_worker("stub.1", "frozen")
+    client.kill("stub@1", "STOP")
+    shared.wait_worker("stub@1", "frozen")
     client.stop("stub", now=True)
-    shared.wait_worker("stub.1", "stopped")
+    shared.wait_worker("stub@1", "stopped")
     shared.check_processes()
 
 
@@ -126,8 +126,8 @@ def test_a_silent_host_counts_as_hung_and_is_replaced(shared: Machine) -> None:
     since = max(event.cursor for event in client.events())
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(client.run, "sim", "one two three", max_tokens=25)
-        wait_for("running request", lambda: shared.worker("sim.1").slots_used)
+        wait_for("running request", lambda: shared.worker("sim@1").slots_used)
         os.kill(before.pid, signal.SIGSTOP)  # behind the daemon's back
         assert answer.result(30).completion_tokens == 25
     check_restart(shared, before, since)
-    assert any("hung" in event.message for event in client.events(after=since) if event.subject == "sim.1")
+    assert any("hung" in event.message for event in client.events(after=since) if event.subject == "sim@1")

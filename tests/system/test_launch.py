@@ -56,7 +56,7 @@ def test_a_worker_has_of_the_environment_what_is_allowed_its_mark_and_its_gpus(s
     env = environment(pid)
     assert set(env) <= {*ENVIRONMENT, MARK, "CUDA_VISIBLE_DEVICES", "OWN", "PORT"}
     assert env["CUDA_VISIBLE_DEVICES"] == "" and env["LC_ALL"] == "C.UTF-8" and env[MARK]
-    assert env.get("OWN", "") == ("yes" if pid == shared.worker("plain.1").pid else "")
+    assert env.get("OWN", "") == ("yes" if pid == shared.worker("plain@1").pid else "")
 
 
 def test_a_worker_has_no_descriptor_of_its_parents(shared: Machine, pid: int) -> None:
@@ -64,8 +64,8 @@ def test_a_worker_has_no_descriptor_of_its_parents(shared: Machine, pid: int) ->
     found = {int(path.name): str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
     assert {0, 1, 2} <= set(found) and found[0] == "/dev/null"
     assert found[1] == found[2]
-    if pid == shared.worker("plain.1").pid:
-        assert set(found) == {0, 1, 2} and found[1] == str(shared.root / "log" / "plain.1.log")
+    if pid == shared.worker("plain@1").pid:
+        assert set(found) == {0, 1, 2} and found[1] == str(shared.root / "log" / "plain@1.log")
     assert shared.daemon is not None
     parents = {shared.daemon.pid, psutil.Process(pid).ppid()} - {pid}
     theirs = {str(path.readlink()) for parent in parents for path in Path(f"/proc/{parent}/fd").iterdir()}
@@ -77,7 +77,7 @@ def test_a_worker_starts_with_no_signal_blocked_or_ignored(shared: Machine, pid:
     found = status(pid)
     assert int(found["SigBlk"], 16) & ~THREAD_SIGNALS == 0
     # Python itself ignores SIGPIPE and SIGXFSZ as soon as it runs.
-    is_python = pid != shared.worker("plain.1").pid
+    is_python = pid != shared.worker("plain@1").pid
     pythons = 1 << (signal.SIGPIPE - 1) | 1 << (signal.SIGXFSZ - 1)
     assert int(found["SigIgn"], 16) & ~THREAD_SIGNALS & ~(pythons if is_python else 0) == 0
 
@@ -190,18 +190,18 @@ def test_failed_launches_leave_no_descriptor_no_process_and_no_group(shared: Mac
     client = shared.client
     client.apply(command(["/no/such/program"], name="never"))
     client.start("never")
-    shared.wait_worker("never.1", "failed")
+    shared.wait_worker("never@1", "failed")
     assert shared.daemon is not None
     daemon = psutil.Process(shared.daemon.pid)
 
     def fail() -> int:
         client.start("never")
-        shared.wait_worker("never.1", "failed")
+        shared.wait_worker("never@1", "failed")
         return daemon.num_fds()
 
     counts = [fail() for _ in range(6)]
     assert counts[-1] <= counts[0] + 2, counts  # clients of this test come and go
-    group = Path(f"/proc/{client.worker('sim.1').pid or daemon.pid}/cgroup").read_text().rpartition("0::")[2].strip()
+    group = Path(f"/proc/{client.worker('sim@1').pid or daemon.pid}/cgroup").read_text().rpartition("0::")[2].strip()
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     tree = next((Path(words[4]) for words in mounts if words[words.index("-") + 1] == "cgroup2"), Path("/nonexistent"))
     assert not list((tree / group.lstrip("/")).parent.glob("never*"))

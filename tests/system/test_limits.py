@@ -67,7 +67,7 @@ def cpus_of(thread: Path) -> str:
 
 def test_nice_and_cpus_are_changed_live_on_every_thread(running: Machine) -> None:
     assert running.llmos("start", "greedy").returncode == 0
-    pid = running.worker("greedy.1").pid
+    pid = running.worker("greedy@1").pid
     assert len(threads(pid)) >= 5
     cpu = str(min(os.sched_getaffinity(0)))
     found = limits(running, "greedy", "nice=7", f"allowed_cpus={cpu}")
@@ -79,33 +79,33 @@ def test_nice_and_cpus_are_changed_live_on_every_thread(running: Machine) -> Non
     limits(running, "greedy", "allowed_cpus=")
     before = Path("/proc/self/status").read_text()
     wait_for("all CPUs", lambda: all(f"Cpus_allowed_list:\t{cpus_of(thread)}\n" in before for thread in threads(pid)))
-    assert running.worker("greedy.1").pid == pid
+    assert running.worker("greedy@1").pid == pid
 
 
 def test_limits_of_one_worker_end_with_it(running: Machine) -> None:
     assert running.llmos("start", "other").returncode == 0
-    limits(running, "other.1", "nice=3")
-    pid = running.worker("other.1").pid
+    limits(running, "other@1", "nice=3")
+    pid = running.worker("other@1").pid
     wait_for("nice 3", lambda: {nice_of(thread) for thread in threads(pid)} == {3})
     assert running.llmos("restart", "other").returncode == 0
-    pid = running.worker("other.1").pid
+    pid = running.worker("other@1").pid
     assert {nice_of(thread) for thread in threads(pid)} == {os.getpriority(os.PRIO_PROCESS, os.getpid())}
     assert limits(running, "other")["nice"]["configured"] == ""
 
 
 def test_who_takes_more_than_memory_max_is_ended_and_ps_says_why(running: Machine) -> None:
     assert running.llmos("start", "greedy").returncode == 0
-    pid = running.worker("greedy.1").pid
+    pid = running.worker("greedy@1").pid
     found = limits(running, "greedy", "memory_max=200M")
     assert found["memory_max"]["enforced_by"] == "watched"
     running.client.run("greedy", "10")
-    assert running.worker("greedy.1").pid == pid
+    assert running.worker("greedy@1").pid == pid
     running.client.run("greedy", "300")
-    running.wait_worker("greedy.1", "backoff", "starting", "loading", "ready", not_pid=pid)
+    running.wait_worker("greedy@1", "backoff", "starting", "loading", "ready", not_pid=pid)
     events = running.llmos("events", "-o", "json").stdout.splitlines()
     said = [json.loads(line)["message"] for line in events if "memory_max" in line]
     assert any("of anonymous and shared memory; memory_max is 200M" in message for message in said)
-    running.wait_worker("greedy.1", "ready")
+    running.wait_worker("greedy@1", "ready")
 
 
 def test_why_a_worker_over_its_memory_stays_down_is_in_ps(running: Machine) -> None:
@@ -122,7 +122,7 @@ policy = "no"
 """
     assert running.llmos("apply", "-", stdin=text).returncode == 0
     running.client.run("once", "300")
-    running.wait_worker("once.1", "failed")
+    running.wait_worker("once@1", "failed")
     (worker,) = json.loads(running.llmos("ps", "-a", "once", "-o", "json").stdout)
     assert "memory_max is 150M" in worker["why"]
     assert running.llmos("rm", "once").returncode == 0
@@ -168,7 +168,7 @@ def test_limits_of_a_model_outlive_the_daemon_and_the_rest_follows_the_file(runn
     # What the operator set counts, and what was edited elsewhere in the file.
     assert (found["nice"], found["slots"], found["queue_max"]) == ("4", "9", "77")
     assert running.llmos("start", "kept").returncode == 0
-    pid = running.worker("kept.1").pid
+    pid = running.worker("kept@1").pid
     assert {nice_of(thread) for thread in threads(pid)} == {4}
     # An applied file is a new word.
     assert running.llmos("apply", str(file)).returncode == 0

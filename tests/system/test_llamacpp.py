@@ -68,7 +68,7 @@ def test_a_cancelled_request_leaves_llama_cpps_slot(shared: Machine, how: str) -
     client = shared.client
     answer = client.run("gemma", "Once upon a time", stream=True, max_tokens=900, ignore_eos=True)
     assert next(answer).text
-    assert any(slot["is_processing"] for slot in slots(shared, "gemma.1"))
+    assert any(slot["is_processing"] for slot in slots(shared, "gemma@1"))
     if how == "llmos kill":
         (request,) = client.requests("gemma")
         assert shared.llmos("kill", request.id).returncode == 0
@@ -76,8 +76,8 @@ def test_a_cancelled_request_leaves_llama_cpps_slot(shared: Machine, how: str) -
             list(answer)
     else:
         answer.close()
-    wait_for("idle slots", lambda: not any(slot["is_processing"] for slot in slots(shared, "gemma.1")), 3)
-    wait_for("free slots", lambda: shared.worker("gemma.1").slots_used == 0, 3)
+    wait_for("idle slots", lambda: not any(slot["is_processing"] for slot in slots(shared, "gemma@1")), 3)
+    wait_for("free slots", lambda: shared.worker("gemma@1").slots_used == 0, 3)
 
 
 @pytest.mark.model
@@ -128,4 +128,4 @@ def test_without_llama_server_on_the_path_the_reason_is_given(a_machine: Machine
     a_machine.model(gemma(Path("tiny.gguf"), name="path", engine='server = "path"', rest=rest))
     a_machine.env["PATH"] = "/nowhere"
     a_machine.start()
-    assert "put a llama-server on PATH" in a_machine.wait_worker("path.1", "backoff", "failed").why
+    assert "put a llama-server on PATH" in a_machine.wait_worker("path@1", "backoff", "failed").why

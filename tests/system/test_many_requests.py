@@ -106,5 +106,5 @@ def test_ten_thousand_requests_fill_the_queue_to_its_bound_and_the_rest_is_told_
     assert client.status().counters["rejected_queue_full"] >= count - QUEUE_MAX - 1
     assert daemon.memory_info().rss - memory_before < 64 << 20
     # The slot is free again, and the engine has nothing to do.
-    wait_for("free slot", lambda: shared.worker("slow.1").slots_used == 0)
+    wait_for("free slot", lambda: shared.worker("slow@1").slots_used == 0)
     assert client.run("slow", "still there", max_tokens=1).completion_tokens == 1

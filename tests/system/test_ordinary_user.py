@@ -59,9 +59,9 @@ def test_a_user_gets_the_same_service_without_cgroups(users_machine: Machine) ->
     assert client.run("sim", "hello", max_tokens=3).completion_tokens == 3
     worker = client.wait(client.start("plain").workers)[0]
     assert psutil.Process(worker.pid).uids().effective == (os.geteuid() or NOBODY)
-    client.kill("plain.1", "STOP")
+    client.kill("plain@1", "STOP")
     wait_for("stopped process", lambda: psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED)
-    client.kill("plain.1", "CONT")
+    client.kill("plain@1", "CONT")
     wait_for("running process", lambda: psutil.Process(worker.pid).status() == psutil.STATUS_SLEEPING)
     users_machine.check_processes()
 
@@ -92,7 +92,7 @@ def test_the_kill_of_a_tree_that_forks_away_without_a_mark_and_respawns_is_compl
     else:
         os.kill(worker.pid, signal.SIGKILL)
     wait_for("end of all of it", lambda: not left(users_machine))
-    users_machine.wait_worker("stubborn.1", "stopped", "failed")
+    users_machine.wait_worker("stubborn@1", "stopped", "failed")
     users_machine.check_processes()
 
 
@@ -120,7 +120,7 @@ def test_a_group_whose_leaders_number_became_a_strangers_is_not_the_strangers() 
 
 def test_a_mark_finds_a_process_that_left_its_session_and_its_parents() -> None:
     groups = Groups("llmosd-test-mark")
-    mark = groups.mark("sim.1", 7)
+    mark = groups.mark("sim@1", 7)
     groups.close()
     marked = os.posix_spawn("/bin/sleep", ["sleep", "100"], {MARK: mark}, setsid=True)
     try:

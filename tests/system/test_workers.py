@@ -39,7 +39,7 @@ def check_failed(shared: Machine, model: str, *reasons: str) -> None:
     """It has failed: `ps` says why, a request is told as well, `logs` has what the engine said, and reset helps."""
     client = shared.client
     client.start(model)
-    name = f"{model}.1"
+    name = f"{model}@1"
     worker = shared.wait_worker(name, "failed")
     assert all(reason in worker.why for reason in reasons), worker.why
     assert worker.pid == 0
@@ -72,7 +72,7 @@ def test_a_damaged_gguf_fails_with_what_llama_cpp_said_of_it(shared: Machine) ->
     (shared.models / "damaged.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 16)
     shared.client.apply(gemma("damaged.gguf", name="damaged", rest=SOON))  # type: ignore[arg-type]
     check_failed(shared, "damaged", "the engine exited with code 1")
-    assert any("damaged.gguf" in line for line in shared.client.logs("damaged.1"))
+    assert any("damaged.gguf" in line for line in shared.client.logs("damaged@1"))
 
 
 @pytest.mark.parametrize("driver", ["openai", "command"])
@@ -101,29 +101,29 @@ def test_an_engine_that_exits_at_once_is_retried_and_then_given_up_with_its_last
     client.apply(openai("crashing", "crashing.py", rest=SOON))
     since = max((event.cursor for event in client.events()), default=0)
     check_failed(shared, "crashing", "3 starts", "exited with code 3", "the flux capacitor is broken")
-    kinds = [event.kind for event in client.events(after=since) if event.subject == "crashing.1"]
+    kinds = [event.kind for event in client.events(after=since) if event.subject == "crashing@1"]
     assert kinds.count("starting") == 3 and kinds.count("backoff") == 2
-    lines = list(client.logs("crashing.1"))
+    lines = list(client.logs("crashing@1"))
     assert lines.count("tries to load the weights") == 3
     request_is_told(shared, "crashing", "the flux capacitor is broken")
     client.reset("crashing")
-    assert shared.worker("crashing.1").state != "failed"
+    assert shared.worker("crashing@1").state != "failed"
 
 
 def test_a_crashing_engine_shows_backoff_with_the_reason_between_two_starts(shared: Machine) -> None:
     client = shared.client
     client.apply(openai("waiting", "crashing.py", rest='[restart]\ndelay = "20s"\n'))
     client.start("waiting")
-    worker = shared.wait_worker("waiting.1", "backoff")
+    worker = shared.wait_worker("waiting@1", "backoff")
     assert "the flux capacitor is broken" in worker.why
     client.stop("waiting")
-    shared.wait_worker("waiting.1", "stopped")
+    shared.wait_worker("waiting@1", "stopped")
 
 
 def test_an_engine_that_never_gets_ready_is_ended_and_says_so(shared: Machine) -> None:
     shared.client.apply(openai("never", "never_ready.py", rest=SOON.replace("burst = 3", "burst = 1")))
     check_failed(shared, "never", "no progress in 1s while loading")
-    assert "still compiling kernels" in list(shared.client.logs("never.1"))
+    assert "still compiling kernels" in list(shared.client.logs("never@1"))
 
 
 def test_a_host_that_never_says_hello_is_ended_and_says_so(shared: Machine) -> None:
@@ -136,17 +136,17 @@ def test_an_engine_that_prints_a_gigabyte_costs_a_capped_log_and_nothing_else(sh
     client = shared.client
     client.apply(openai("loud", "openai_like.py", "--port", "{port}", "--print-bytes", str(1 << 30)))
     client.start("loud")
-    worker = shared.wait_worker("loud.1", "ready")
+    worker = shared.wait_worker("loud@1", "ready")
     # It is still printing, and is answered all the same.
     assert client.run("loud", "are you there", max_tokens=2, timeout=20).text == " w0 w1"
-    wait_for("end of the printing", lambda: "printed it all" in list(client.logs("loud.1", lines=5)), 60)
-    logs = [path.stat().st_size for path in (shared.root / "log").glob("loud.1.log*")]
+    wait_for("end of the printing", lambda: "printed it all" in list(client.logs("loud@1", lines=5)), 60)
+    logs = [path.stat().st_size for path in (shared.root / "log").glob("loud@1.log*")]
     assert len(logs) == 2 and sum(logs) <= LOG_MAX
     for pid in (worker.pid, client.status().pid):
         assert psutil.Process(pid).memory_info().rss < 200 << 20
-    assert shared.worker("loud.1").restarts == 0
+    assert shared.worker("loud@1").restarts == 0
     client.stop("loud")
-    shared.wait_worker("loud.1", "stopped")
+    shared.wait_worker("loud@1", "stopped")
 
 
 def test_a_command_that_prints_a_gigabyte_has_a_capped_log_when_it_has_ended(shared: Machine) -> None:
@@ -154,10 +154,10 @@ def test_a_command_that_prints_a_gigabyte_has_a_capped_log_when_it_has_ended(sha
     script = "import os\nfor _ in range(1 << 10): os.write(1, b'x' * (1 << 16))"
     client.apply(command([sys.executable, "-c", script], name="loud-command", rest='[restart]\npolicy = "no"\n'))
     client.start("loud-command")
-    shared.wait_worker("loud-command.1", "stopped")
+    shared.wait_worker("loud-command@1", "stopped")
     wait_for(
         "capped log",
-        lambda: sum(path.stat().st_size for path in (shared.root / "log").glob("loud-command.1.log*")) <= LOG_MAX,
+        lambda: sum(path.stat().st_size for path in (shared.root / "log").glob("loud-command@1.log*")) <= LOG_MAX,
     )
 
 
@@ -165,12 +165,12 @@ def test_an_engine_that_ignores_sigterm_and_forks_away_is_gone_when_its_worker_i
     client = shared.client
     client.apply(openai("stubborn", "stubborn.py", "{port}"))
     client.start("stubborn")
-    worker = shared.wait_worker("stubborn.1", "ready")
+    worker = shared.wait_worker("stubborn@1", "ready")
     tree = psutil.Process(worker.pid).children(recursive=True)
     wait_for("daemons of its own", lambda: len(psutil.Process(worker.pid).children(recursive=True)) >= 5)
     tree = psutil.Process(worker.pid).children(recursive=True)
     client.stop("stubborn")
-    shared.wait_worker("stubborn.1", "stopped")
+    shared.wait_worker("stubborn@1", "stopped")
     assert not any(process.is_running() for process in tree)
     shared.check_processes()
 

@@ -45,11 +45,11 @@ class FakeControl(rpc.ControlServicer):
         self.workers = {
             worker.name: worker
             for worker in (
-                _worker("gemma3-270m.1", "gemma3-270m", "ready", pid=4711, engine_pid=4712, slots_used=2, queue=1,
+                _worker("gemma3-270m@1", "gemma3-270m", "ready", pid=4711, engine_pid=4712, slots_used=2, queue=1,
                         memory_bytes=536870912, memory_resident_bytes=600000000, cpu_percent=93.25, uptime=134.5,
                         restarts=1, last_exit="killed by KILL", processes=2, threads=9),
-                _worker("bad.1", "bad", "failed", why="the engine ended with status 1\x1b[31m before it was ready"),
-                _worker("sim.1", "sim", "stopped", simulated=True),
+                _worker("bad@1", "bad", "failed", why="the engine ended with status 1\x1b[31m before it was ready"),
+                _worker("sim@1", "sim", "stopped", simulated=True),
             )
         }  # fmt: skip
         self.models = {
@@ -62,8 +62,8 @@ class FakeControl(rpc.ControlServicer):
             "sim": pb.Model(name="sim", kind="model", driver="simulated", state="stopped", simulated=True),
         }  # fmt: skip
         self.events = [
-            pb.Event(cursor=1, time=1_700_000_000.5, kind="starting", subject="gemma3-270m.1", message="on its way"),
-            pb.Event(cursor=2, time=1_700_000_001.5, kind="ready", subject="gemma3-270m.1"),
+            pb.Event(cursor=1, time=1_700_000_000.5, kind="starting", subject="gemma3-270m@1", message="on its way"),
+            pb.Event(cursor=2, time=1_700_000_001.5, kind="ready", subject="gemma3-270m@1"),
         ]
         self.log = [f"line {number}" for number in range(1, 151)] + ["\x1b[2Jwiped", "last\twords"]
 
@@ -179,8 +179,8 @@ class FakeControl(rpc.ControlServicer):
                 self.wake()
 
     def StartWorkers(self, request: Any, context: Any) -> pb.CommandResponse:
-        if request.name == "sim.1":
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "sim.1 needs 4 CPUs, 1 is free. Stop another.")
+        if request.name == "sim@1":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "sim@1 needs 4 CPUs, 1 is free. Stop another.")
         return self._command(context, "StartWorkers", request.name, "starting")
 
     def StopWorkers(self, request: Any, context: Any) -> pb.CommandResponse:
@@ -219,7 +219,7 @@ class FakeControl(rpc.ControlServicer):
     def ListRequests(self, request: Any, context: Any) -> pb.ListRequestsResponse:
         self._called(context, "ListRequests")
         running = pb.Request(
-            id=REQUEST_ID, model="gemma3-270m", worker="gemma3-270m.1", tenant="uid:1000", state="running", attempt=1,
+            id=REQUEST_ID, model="gemma3-270m", worker="gemma3-270m@1", tenant="uid:1000", state="running", attempt=1,
             tokens=12, prompt_tokens=6, age=1.5, waited=0.02, first_item=0.11, stream=True, path="/v1/completions",
             connected=True,
         )  # fmt: skip
@@ -229,7 +229,7 @@ class FakeControl(rpc.ControlServicer):
     def ListDevices(self, request: Any, context: Any) -> pb.ListDevicesResponse:
         self._called(context, "ListDevices")
         cpus = pb.Device(kind="cpu", id="cpus", name="a CPU", total=8, reserved=1, properties={"cores": "4"})
-        memory = pb.Device(kind="memory", id="node0", total=16 << 30, reserved=700 << 20, workers=["gemma3-270m.1"])
+        memory = pb.Device(kind="memory", id="node0", total=16 << 30, reserved=700 << 20, workers=["gemma3-270m@1"])
         return pb.ListDevicesResponse(node="local", devices=[cpus, memory], notes=["no NVIDIA driver"])
 
     def Diagnose(self, request: Any, context: Any) -> pb.DiagnoseResponse:

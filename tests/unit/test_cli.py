@@ -82,15 +82,15 @@ def test_ps_shows_workers_in_columns_with_a_long_why_last(llmos: Llmos) -> None:
     assert header.split("  ")[0] == "WORKER"
     assert [name for name in header.split("  ") if name][-1].strip() == "WHY"
     assert worker.split() == [
-        "gemma3-270m.1", "gemma3-270m", "4711", "ready", "1", "93.2", "512M", "-", "-", "2/4", "1", "1", "2m14s", "-",
+        "gemma3-270m@1", "gemma3-270m", "4711", "ready", "1", "93.2", "512M", "-", "-", "2/4", "1", "1", "2m14s", "-",
     ]  # fmt: skip
     assert failed.endswith(r"the engine ended with status 1\x1b[31m before it was ready")
 
 
 @pytest.mark.usefixtures("daemon")
 def test_ps_leaves_out_what_has_no_process_unless_asked(llmos: Llmos) -> None:
-    assert "sim.1" not in llmos("ps").out
-    assert "sim.1" in llmos("ps", "-a").out
+    assert "sim@1" not in llmos("ps").out
+    assert "sim@1" in llmos("ps", "-a").out
     assert "(simulated)" in llmos("ps", "-a").out
 
 
@@ -108,7 +108,7 @@ def test_ps_with_requests_shows_requests(llmos: Llmos) -> None:
     for name in ("REQUEST", "MODEL", "WORKER", "TENANT", "STATE", "TOKENS", "AGE", "WAITED", "FIRST TOKEN"):
         assert name in header
     assert running.split() == [
-        REQUEST_ID[:12], "gemma3-270m", "gemma3-270m.1", "uid:1000", "running", "12", "1.5s", "20ms", "110ms",
+        REQUEST_ID[:12], "gemma3-270m", "gemma3-270m@1", "uid:1000", "running", "12", "1.5s", "20ms", "110ms",
     ]  # fmt: skip
     assert [request["id"] for request in llmos("ps", "-T", "-o", "json").json()] == [REQUEST_ID, "ff" * 16]
 
@@ -135,9 +135,9 @@ def test_top_shows_the_same_again_and_again(llmos: Llmos) -> None:
 @pytest.mark.usefixtures("daemon")
 def test_start_waits_and_says_what_became_of_it(llmos: Llmos) -> None:
     outcome = llmos("start", "sim")
-    assert outcome == Outcome(0, "sim.1 is ready, pid 5000.\n", "")
-    assert llmos("stop", "sim") == Outcome(0, "sim.1 is stopped.\n", "")
-    assert llmos("restart", "gemma3-270m").out == "gemma3-270m.1 is ready, pid 5000.\n"
+    assert outcome == Outcome(0, "sim@1 is ready, pid 5000.\n", "")
+    assert llmos("stop", "sim") == Outcome(0, "sim@1 is stopped.\n", "")
+    assert llmos("restart", "gemma3-270m").out == "gemma3-270m@1 is ready, pid 5000.\n"
 
 
 @pytest.mark.usefixtures("daemon")
@@ -147,30 +147,30 @@ def test_start_that_fails_gives_the_reason_and_the_last_words(llmos: Llmos) -> N
     *log, reason = outcome.err.splitlines()
     assert log[-2:] == [r"  | \x1b[2Jwiped", "  | last\twords"]
     assert len(log) == 10
-    assert reason == "llmos: bad.1 has failed: the engine ended with status 1. See `llmos logs bad.1`."
+    assert reason == "llmos: bad@1 has failed: the engine ended with status 1. See `llmos logs bad@1`."
 
 
 @pytest.mark.usefixtures("daemon")
 def test_start_without_waiting_comes_back_at_once(llmos: Llmos) -> None:
-    assert llmos("start", "--no-wait", "bad") == Outcome(0, "Taken on: bad.1.\n", "")
+    assert llmos("start", "--no-wait", "bad") == Outcome(0, "Taken on: bad@1.\n", "")
 
 
 def test_waiting_has_an_end(llmos: Llmos, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon.control, "_step", lambda: False)
     outcome = llmos("start", "--timeout", "0.2", "sim")
     assert outcome.code == 1
-    assert "sim.1 is starting" in outcome.err
+    assert "sim@1 is starting" in outcome.err
 
 
 @pytest.mark.usefixtures("daemon")
 def test_reset_clears_a_failure(llmos: Llmos) -> None:
-    assert llmos("reset", "bad") == Outcome(0, "bad.1 is stopped.\n", "")
+    assert llmos("reset", "bad") == Outcome(0, "bad@1 is stopped.\n", "")
 
 
 def test_kill_sends_signals_by_name_and_number(llmos: Llmos, daemon: FakeDaemon) -> None:
-    assert llmos("kill", "-s", "KILL", "gemma3-270m") == Outcome(0, "SIGKILL went to gemma3-270m.1.\n", "")
-    assert llmos("kill", "-s", "19", "gemma3-270m").out == "SIGSTOP went to gemma3-270m.1.\n"
-    assert llmos("kill", "gemma3-270m").out == "SIGTERM went to gemma3-270m.1.\n"
+    assert llmos("kill", "-s", "KILL", "gemma3-270m") == Outcome(0, "SIGKILL went to gemma3-270m@1.\n", "")
+    assert llmos("kill", "-s", "19", "gemma3-270m").out == "SIGSTOP went to gemma3-270m@1.\n"
+    assert llmos("kill", "gemma3-270m").out == "SIGTERM went to gemma3-270m@1.\n"
     assert daemon.control.calls == ["KillWorkers 9", "KillWorkers 19", "KillWorkers 15"]
 
 
@@ -186,7 +186,7 @@ def test_limits_are_shown_and_changed(llmos: Llmos) -> None:
     assert cpu_or_memory == "memory_max  1G          1G        process      512M"
     assert "memory_max  2G          2G" in llmos("limits", "gemma3-270m", "memory_max=2G").out
     (entry,) = llmos("limits", "gemma3-270m", "memory_max=", "-o", "json").json()
-    assert (entry["worker"], entry["limits"][0]["configured"]) == ("gemma3-270m.1", "")
+    assert (entry["worker"], entry["limits"][0]["configured"]) == ("gemma3-270m@1", "")
 
 
 # -- models ---------------------------------------------------------------------------------------------------
@@ -272,17 +272,17 @@ def test_run_that_fails_says_why(llmos: Llmos, model: str, code: int, said: str)
 
 
 def test_logs_shows_the_last_lines(llmos: Llmos, daemon: FakeDaemon) -> None:
-    assert llmos("logs", "-n", "2", "gemma3-270m.1").out == "\x1b[2Jwiped\nlast\twords\n"
-    assert len(llmos("logs", "gemma3-270m.1").out.splitlines()) == 100
-    assert len(llmos("logs", "-n", "all", "gemma3-270m.1").out.splitlines()) == len(daemon.control.log)
-    assert llmos("logs", "-n", "none", "gemma3-270m.1").code == 2
+    assert llmos("logs", "-n", "2", "gemma3-270m@1").out == "\x1b[2Jwiped\nlast\twords\n"
+    assert len(llmos("logs", "gemma3-270m@1").out.splitlines()) == 100
+    assert len(llmos("logs", "-n", "all", "gemma3-270m@1").out.splitlines()) == len(daemon.control.log)
+    assert llmos("logs", "-n", "none", "gemma3-270m@1").code == 2
 
 
 @pytest.mark.usefixtures("daemon")
 def test_events_shows_what_happened(llmos: Llmos, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = llmos("events").out.splitlines()
-    assert first.endswith("  starting    gemma3-270m.1  on its way")
-    assert second.endswith("  ready       gemma3-270m.1")
+    assert first.endswith("  starting    gemma3-270m@1  on its way")
+    assert second.endswith("  ready       gemma3-270m@1")
     assert llmos("events", "-n", "1").out.splitlines() == [second]
     assert [json.loads(line)["cursor"] for line in llmos("events", "-o", "json").out.splitlines()] == [1, 2]
     assert llmos("events", "-f", "-n", "1").code == 2
@@ -296,7 +296,7 @@ def test_status_devices_and_doctor_tell_about_daemon_and_machine(llmos: Llmos) -
     assert llmos("status", "-o", "json").json()["memory_bytes"] == 41943040
     devices = llmos("devices")
     assert devices.out.splitlines()[2].split() == [
-        "memory", "node0", "-", "16.0G", "700M", "-", "gemma3-270m.1", "-",
+        "memory", "node0", "-", "16.0G", "700M", "-", "gemma3-270m@1", "-",
     ]  # fmt: skip
     assert devices.err == "llmos: no NVIDIA driver\n"
     assert llmos("devices", "-o", "json").json()["devices"][0]["total"] == 8
@@ -314,7 +314,7 @@ def test_status_devices_and_doctor_tell_about_daemon_and_machine(llmos: Llmos) -
     ("args", "code"),
     [
         (["ps", "nosuch"], 4), (["start", "nosuch"], 4), (["logs", "nosuch"], 4), (["limits", "nosuch"], 4),
-        (["start", "sim.1"], 5), (["limits", "gemma3-270m", "memory_maximum=1G"], 5),
+        (["start", "sim@1"], 5), (["limits", "gemma3-270m", "memory_maximum=1G"], 5),
         ([], 2), (["nosuch"], 2), (["ps", "--nosuch"], 2), (["run"], 2), (["limits", "gemma3-270m", "memory_max"], 2),
         (["kill", "-s", "NOTHING", "gemma3-270m"], 2), (["apply", "/nowhere.toml"], 2), (["start"], 2),
         (["--help"], 0), (["kill", "--help"], 0), (["--version"], 0),
@@ -397,7 +397,7 @@ def test_a_table_fits_the_terminal_and_is_whole_elsewhere(llmos: Llmos) -> None:
 
 @pytest.mark.usefixtures("daemon")
 def test_a_terminal_is_never_given_control_characters_from_outside() -> None:
-    shown = in_a_terminal("logs", "-n", "2", "gemma3-270m.1")
+    shown = in_a_terminal("logs", "-n", "2", "gemma3-270m@1")
     assert r"\x1b[2Jwiped" in shown
     assert "\x1b" not in shown
 
@@ -410,7 +410,7 @@ def test_shells_complete_verbs_and_names(daemon: FakeDaemon) -> None:
         return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
     assert completed("llmos re", 1) == ["reload", "restart", "reset"]
-    assert completed("llmos start s", 2) == ["sim", "sim.1", "small"]
+    assert completed("llmos start s", 2) == ["sim", "sim@1", "small"]
     assert completed("llmos run g", 2) == ["gemma3-270m"]
     daemon.stop()
     assert completed("llmos start s", 2) == []

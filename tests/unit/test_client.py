@@ -57,7 +57,7 @@ def test_a_result_has_every_field_of_its_message(result: type[types.Result], mes
 
 def test_results_are_typed_and_plain(client: llmos.Client) -> None:
     (worker, failed) = client.ps()
-    assert (worker.name, worker.state, worker.memory_bytes) == ("gemma3-270m.1", "ready", 536870912)
+    assert (worker.name, worker.state, worker.memory_bytes) == ("gemma3-270m@1", "ready", 536870912)
     assert worker.gpus == ()
     assert failed.state == "failed"
     assert len(client.ps(include_stopped=True)) == 3
@@ -66,7 +66,7 @@ def test_results_are_typed_and_plain(client: llmos.Client) -> None:
     assert client.devices().devices[0].properties == {"cores": "4"}
     assert client.requests()[0].id == REQUEST_ID
     assert client.doctor()[1].advice == "run llmosd as root"
-    assert client.worker("sim.1").simulated
+    assert client.worker("sim@1").simulated
     with pytest.raises(AttributeError):
         worker.pid = 1  # type: ignore[misc]
 
@@ -93,7 +93,7 @@ def test_limits_are_read_and_set(client: llmos.Client) -> None:
 
 @pytest.mark.parametrize("signal", [9, "9", "KILL", "kill", "SIGKILL"])
 def test_a_signal_is_a_name_or_a_number(client: llmos.Client, daemon: FakeDaemon, signal: int | str) -> None:
-    assert client.kill("gemma3-270m", signal).workers == ("gemma3-270m.1",)
+    assert client.kill("gemma3-270m", signal).workers == ("gemma3-270m@1",)
     assert daemon.control.calls[-1] == "KillWorkers 9"
 
 
@@ -133,11 +133,11 @@ def test_wait_ends_with_the_reason_when_a_worker_fails(client: llmos.Client) -> 
     client.start("bad")
     with pytest.raises(errors.WorkerFailed, match="ended with status 1") as caught:
         client.wait("bad", timeout=20)
-    assert (caught.value.worker, caught.value.state) == ("bad.1", "failed")
+    assert (caught.value.worker, caught.value.state) == ("bad@1", "failed")
 
 
 def test_wait_gives_up_in_time_and_says_how_far_it_came(client: llmos.Client) -> None:
-    with pytest.raises(errors.DeadlineExceeded, match=r"sim\.1 is stopped"):
+    with pytest.raises(errors.DeadlineExceeded, match=r"sim@1 is stopped"):
         client.wait("sim", timeout=0.1)
 
 
@@ -146,7 +146,7 @@ def test_events_go_on_after_a_restart_without_a_gap_or_a_repeat(daemon: FakeDaem
         events = client.events(follow=True)
         assert [(await anext(events)).cursor for _ in range(2)] == [1, 2]
         await asyncio.to_thread(daemon.stop)
-        daemon.control.events.append(pb.Event(cursor=3, kind="stopped", subject="gemma3-270m.1"))
+        daemon.control.events.append(pb.Event(cursor=3, kind="stopped", subject="gemma3-270m@1"))
         await asyncio.to_thread(daemon.start)
         assert (await anext(events)).cursor == 3
         await events.aclose()
@@ -156,7 +156,7 @@ def test_events_go_on_after_a_restart_without_a_gap_or_a_repeat(daemon: FakeDaem
 
 def test_a_followed_log_goes_on_after_a_restart_where_it_was(daemon: FakeDaemon) -> None:
     async def body(client: llmos.AsyncClient) -> None:
-        lines = client.logs("gemma3-270m.1", lines=2, follow=True)
+        lines = client.logs("gemma3-270m@1", lines=2, follow=True)
         assert [await anext(lines) for _ in range(2)] == ["\x1b[2Jwiped", "last\twords"]
         await asyncio.to_thread(daemon.stop)
         daemon.control.log.append("and one more")
@@ -198,7 +198,7 @@ def test_a_call_waits_for_a_daemon_that_restarts(client: llmos.Client, daemon: F
 
 def test_a_call_that_broke_off_is_made_again_if_that_does_no_harm(client: llmos.Client, daemon: FakeDaemon) -> None:
     daemon.control.failing["StopWorkers"] = grpc.StatusCode.UNAVAILABLE
-    assert client.stop("gemma3-270m").workers == ("gemma3-270m.1",)
+    assert client.stop("gemma3-270m").workers == ("gemma3-270m@1",)
     daemon.control.failing["RestartWorkers"] = grpc.StatusCode.UNAVAILABLE
     with pytest.raises(errors.DaemonUnreachable, match="nobody knows"):
         client.restart("gemma3-270m")

@@ -91,13 +91,13 @@ def worker(name: str, state: str) -> Worker:
 
 
 def test_all_that_are_waited_for_must_arrive() -> None:
-    workers = [worker("m.1", "ready"), worker("m.2", "loading")]
-    assert arrived({"m.1"}, workers, {"ready"}, {"failed"})
+    workers = [worker("m@1", "ready"), worker("m@2", "loading")]
+    assert arrived({"m@1"}, workers, {"ready"}, {"failed"})
     assert not arrived({"m"}, workers, {"ready"}, {"failed"})
-    assert not arrived({"m.1", "m.3"}, workers, {"ready"}, {"failed"})
+    assert not arrived({"m@1", "m@3"}, workers, {"ready"}, {"failed"})
 
 
 def test_a_worker_that_is_not_there_any_more_is_stopped() -> None:
-    assert arrived({"m.3"}, [], {"stopped"}, {"unkillable"})
+    assert arrived({"m@3"}, [], {"stopped"}, {"unkillable"})
     with pytest.raises(errors.WorkerFailed, match="not there any more"):
-        arrived({"m.3"}, [], {"ready"}, {"stopped"})
+        arrived({"m@3"}, [], {"ready"}, {"stopped"})

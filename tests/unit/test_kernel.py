@@ -15,7 +15,7 @@ ONE, TWO, THREE = rid_of(1), rid_of(2), rid_of(3)
 
 
 def running(**options: int) -> tuple[Shell, do.Spawn, do.ToWorker]:
-    """A shell with request ONE on worker m.1."""
+    """A shell with request ONE on worker m@1."""
     shell = Shell(spec(**options))  # type: ignore[arg-type]  # options of whole numbers only
     shell.submit(ONE)
     spawn = shell.only(do.Spawn)
@@ -32,7 +32,7 @@ def test_a_request_starts_a_worker_and_is_answered_once() -> None:
     shell = Shell(spec())
     shell.submit(ONE)
     spawn = shell.only(do.Spawn)
-    assert (spawn.worker, spawn.grant.millicpus) == ("m.1", 1000)
+    assert (spawn.worker, spawn.grant.millicpus) == ("m@1", 1000)
     assert isinstance(shell.only(do.ToClient).header, f.Accepted)
     assert shell.kernel.requests()[0].state == "blocked"
 
@@ -41,25 +41,25 @@ def test_a_request_starts_a_worker_and_is_answered_once() -> None:
     assert run.payload == (b"{}",)
     attempt = attempt_of(run)
 
-    shell.worker("m.1", f.Kind.CHUNK, ONE, f.Chunk(attempt, 0, 1, (), 1), b"one")
+    shell.worker("m@1", f.Kind.CHUNK, ONE, f.Chunk(attempt, 0, 1, (), 1), b"one")
     assert shell.only(do.ToClient).payload == [b"one"]
-    shell.worker("m.1", f.Kind.DONE, ONE, f.Done(attempt, 1, completion_tokens=1))
+    shell.worker("m@1", f.Kind.DONE, ONE, f.Done(attempt, 1, completion_tokens=1))
     assert shell.only(do.ToClient).kind is f.Kind.DONE
     shell.client(f.Kind.ACK, ONE, f.Ack(2))
     assert shell.only(do.ToWorker).kind is f.Kind.ACK
     assert shell.kernel.requests() == []
-    assert shell.state("m.1") == State.READY
+    assert shell.state("m@1") == State.READY
     assert shell.kernel.counters()["done"] == 1
 
 
 def test_tokens_are_counted_whether_an_answer_is_streamed_or_not() -> None:
     shell, _, run = running()
     attempt = attempt_of(run)
-    shell.worker("m.1", f.Kind.DONE, ONE, f.Done(attempt, 0, completion_tokens=5))
+    shell.worker("m@1", f.Kind.DONE, ONE, f.Done(attempt, 0, completion_tokens=5))
     shell.submit(TWO)
     attempt = attempt_of(shell.run())
-    shell.worker("m.1", f.Kind.CHUNK, TWO, f.Chunk(attempt, 0, 1, (), 3), b"three")
-    shell.worker("m.1", f.Kind.DONE, TWO, f.Done(attempt, 1, completion_tokens=4))
+    shell.worker("m@1", f.Kind.CHUNK, TWO, f.Chunk(attempt, 0, 1, (), 3), b"three")
+    shell.worker("m@1", f.Kind.DONE, TWO, f.Done(attempt, 1, completion_tokens=4))
     assert shell.kernel.counters()["tokens"] == 9
 
 
@@ -100,11 +100,11 @@ def test_a_submit_with_numbers_that_cannot_be_is_refused(header: f.Submit) -> No
 
 def test_a_request_whose_worker_dies_before_a_word_runs_elsewhere_once_nothing_is_left_of_it() -> None:
     shell, spawn, first = running()
-    shell.tell(on.Exited("m.1", spawn.incarnation, ExitStatus(signal=9)))
-    assert shell.only(do.KillGroup).worker == "m.1"
-    assert shell.kernel.requests()[0].worker == "m.1", "its group may still be at work"
-    shell.tell(on.Emptied("m.1", spawn.incarnation))
-    assert shell.state("m.1") == State.BACKOFF
+    shell.tell(on.Exited("m@1", spawn.incarnation, ExitStatus(signal=9)))
+    assert shell.only(do.KillGroup).worker == "m@1"
+    assert shell.kernel.requests()[0].worker == "m@1", "its group may still be at work"
+    shell.tell(on.Emptied("m@1", spawn.incarnation))
+    assert shell.state("m@1") == State.BACKOFF
     shell.wait(1)
     shell.ready(shell.only(do.Spawn))
     assert attempt_of(shell.run()) > attempt_of(first)
@@ -112,10 +112,10 @@ def test_a_request_whose_worker_dies_before_a_word_runs_elsewhere_once_nothing_i
 
 def test_a_request_whose_worker_dies_after_a_word_fails_and_says_so_until_it_is_acknowledged() -> None:
     shell, spawn, run = running()
-    shell.worker("m.1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run), 0, 1), b"one")
+    shell.worker("m@1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run), 0, 1), b"one")
     shell.ends(spawn)
     assert shell.failure() == f.Failed(
-        0, 1, f.Code.WORKER_LOST, "worker m.1 was lost after 1 answer items: killed by signal 9"
+        0, 1, f.Code.WORKER_LOST, "worker m@1 was lost after 1 answer items: killed by signal 9"
     )
     shell.wait(31)
     assert shell.failure().code == f.Code.WORKER_LOST
@@ -143,7 +143,7 @@ def test_a_cancelled_request_ends_by_its_workers_word_or_by_its_workers_death() 
             shell.ends(spawn)
             assert shell.failure().code == f.Code.CANCELLED
         else:
-            shell.worker("m.1", f.Kind.FAILED, ONE, f.Failed(attempt_of(run), 0, f.Code.CANCELLED, "cancelled"))
+            shell.worker("m@1", f.Kind.FAILED, ONE, f.Failed(attempt_of(run), 0, f.Code.CANCELLED, "cancelled"))
             assert len(shell.to_client(f.Kind.FAILED)) == 1
         assert shell.kernel.counters()["cancelled"] == 1
 
@@ -176,23 +176,23 @@ def test_a_lost_run_is_sent_again_and_an_answered_one_without_its_body() -> None
     shell, _, run = running()
     shell.wait(3)
     assert f.Kind.HELLO in [effect.kind for effect in shell.all(do.ToWorker)], "a silent worker is asked"
-    shell.hello("m.1")
+    shell.hello("m@1")
     assert shell.run().payload == (b"{}",)
-    shell.hello("m.1", f.Phase.READY, f.HeldRequest(ONE, attempt_of(run), 0, 3, True))
+    shell.hello("m@1", f.Phase.READY, f.HeldRequest(ONE, attempt_of(run), 0, 3, True))
     assert shell.run().payload == ()
 
 
 def test_a_stale_attempt_never_reaches_a_client() -> None:
     shell, _, run = running()
-    shell.worker("m.1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run) - 1, 0, 1), b"old")
-    shell.worker("m.1", f.Kind.DONE, ONE, f.Done(attempt_of(run) + 1, 0))
+    shell.worker("m@1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run) - 1, 0, 1), b"old")
+    shell.worker("m@1", f.Kind.DONE, ONE, f.Done(attempt_of(run) + 1, 0))
     assert shell.kernel.counters()["stale"] == 2
     assert shell.kernel.requests()[0].state == "running"
 
 
 def test_a_client_that_comes_back_is_told_what_it_misses_and_what_is_not_known() -> None:
     shell, _, run = running()
-    shell.worker("m.1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run), 0, 4, (1, 1, 1, 1)), b"abcd")
+    shell.worker("m@1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run), 0, 4, (1, 1, 1, 1)), b"abcd")
     shell.tell(on.ClientUnreachable(CLIENT))
     hello = f.ClientHello(b"i" * 16, (f.OpenRequest(ONE, 2), f.OpenRequest(TWO, 0)))
     shell.client(f.Kind.HELLO, b"", hello, peer=b"new")
@@ -223,7 +223,7 @@ def test_a_client_that_stays_away_is_given_up_and_one_that_died_at_once() -> Non
 
 def test_a_slow_reader_keeps_its_answer_for_as_long_as_it_reads() -> None:
     shell, _, run = running()
-    shell.worker("m.1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run), 0, 1), b"a")
+    shell.worker("m@1", f.Kind.CHUNK, ONE, f.Chunk(attempt_of(run), 0, 1), b"a")
     shell.done(run, items=400)
     for seq in range(40):
         shell.wait(25)
@@ -237,7 +237,7 @@ def test_a_slow_reader_keeps_its_answer_for_as_long_as_it_reads() -> None:
 def test_a_final_that_makes_no_sense_fails_its_request_and_frees_its_slot(seq: int) -> None:
     shell, _, run = running(slots=1)
     shell.submit(TWO)
-    shell.worker("m.1", f.Kind.DONE, ONE, f.Done(attempt_of(run), seq))
+    shell.worker("m@1", f.Kind.DONE, ONE, f.Done(attempt_of(run), seq))
     assert shell.failure().code == f.Code.INTERNAL
     shell.wait(0)
     assert [view.rid for view in shell.kernel.requests() if view.state == "running"] == [TWO]
@@ -246,7 +246,7 @@ def test_a_final_that_makes_no_sense_fails_its_request_and_frees_its_slot(seq: i
 def test_a_worker_that_nobody_knows_or_whose_token_is_wrong_is_counted_and_not_heard() -> None:
     shell, _, _ = running()
     hello = f.WorkerHello(b"i" * 16, b"wrong", 1, f.Phase.READY, 2, (f.HeldRequest(TWO, 1, 0, 0, False),))
-    shell.worker("m.1", f.Kind.HELLO, b"", hello)
+    shell.worker("m@1", f.Kind.HELLO, b"", hello)
     shell.worker("nobody", f.Kind.STATUS, b"", f.Status(f.Phase.READY))
     assert shell.effects == []
     assert shell.kernel.counters()["unknown_worker"] == 2

@@ -22,7 +22,7 @@ def successor(*specs: ModelSpec, epoch: int = 9000) -> Shell:
     return Shell(*(specs or (spec(minimum=1),)), epoch=epoch, counted=False, now=200.0)
 
 
-def adopt(shell: Shell, one: ModelSpec, name: str = "m.1", *, stopping: bool = False) -> list[do.Effect]:
+def adopt(shell: Shell, one: ModelSpec, name: str = "m@1", *, stopping: bool = False) -> list[do.Effect]:
     return shell.tell(on.Adopted(name, OLD, 4242, peer_of(name), TOKEN, one, Grant(1000), one.limits, 100.0, stopping))
 
 
@@ -46,28 +46,28 @@ def taken_over() -> Shell:
 def test_what_lives_is_adopted_and_not_started_again() -> None:
     shell = taken_over()
     assert shell.none(do.Spawn)
-    assert shell.state("m.1") == State.ADOPTED
+    assert shell.state("m@1") == State.ADOPTED
     assert shell.kernel.ledger().free.millicpus == 3000
-    shell.hello("m.1")
-    assert shell.state("m.1") == State.READY
+    shell.hello("m@1")
+    assert shell.state("m@1") == State.READY
 
 
 def test_a_request_with_a_ticket_waits_until_every_adopted_worker_was_heard() -> None:
     shell = taken_over()
     shell.submit(ONE, ticket=ticket())
     assert shell.runs() == []
-    shell.hello("m.1")
+    shell.hello("m@1")
     assert shell.runs() == [ONE]
 
 
 def test_a_request_with_a_ticket_goes_on_where_it_runs() -> None:
     shell = taken_over()
     shell.submit(ONE, ticket=ticket(), have_seq=3)
-    shell.hello("m.1", f.Phase.READY, f.HeldRequest(ONE, 1001, 2, 7, False))
+    shell.hello("m@1", f.Phase.READY, f.HeldRequest(ONE, 1001, 2, 7, False))
     header, payload = shell.run().header, shell.run().payload
     assert isinstance(header, f.Run)
     assert (header.attempt, header.first_seq, payload) == (1001, 3, ())
-    shell.worker("m.1", f.Kind.CHUNK, ONE, f.Chunk(1001, 3, 1), b"d")
+    shell.worker("m@1", f.Kind.CHUNK, ONE, f.Chunk(1001, 3, 1), b"d")
     assert len(shell.to_client(f.Kind.CHUNK)) == 1
 
 
@@ -77,8 +77,8 @@ def test_a_request_with_a_ticket_runs_again_once_an_adopted_worker_is_gone_and_n
     shell.wait(31)
     assert shell.only(do.KillGroup), "it never said HELLO"
     assert shell.none(do.Spawn)
-    shell.tell(on.Exited("m.1", OLD, ExitStatus()))
-    shell.tell(on.Emptied("m.1", OLD))
+    shell.tell(on.Exited("m@1", OLD, ExitStatus()))
+    shell.tell(on.Emptied("m@1", OLD))
     shell.wait(1)
     shell.ready(shell.only(do.Spawn))
     header = shell.run().header
@@ -94,7 +94,7 @@ def test_a_forged_ticket_is_no_ticket() -> None:
 
 def test_a_request_known_from_its_worker_alone_waits_for_its_client_and_has_it_submit_again() -> None:
     shell = taken_over()
-    shell.hello("m.1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, False))
+    shell.hello("m@1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, False))
     shell.client(f.Kind.HELLO, b"", f.ClientHello(b"i" * 16, (f.OpenRequest(ONE, 2, ticket()),)))
     (welcome,) = shell.to_client(f.Kind.WELCOME)
     assert isinstance(welcome.header, f.Welcome)
@@ -108,10 +108,10 @@ def test_a_request_known_from_its_worker_alone_waits_for_its_client_and_has_it_s
 
 def test_a_request_known_from_its_worker_alone_is_asked_of_its_client_when_that_worker_dies() -> None:
     shell = taken_over()
-    shell.hello("m.1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 0, False))
+    shell.hello("m@1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 0, False))
     shell.client(f.Kind.HELLO, b"", f.ClientHello(b"i" * 16, (f.OpenRequest(ONE, 0),)))
-    shell.tell(on.Exited("m.1", OLD, ExitStatus(signal=9)))
-    shell.tell(on.Emptied("m.1", OLD))
+    shell.tell(on.Exited("m@1", OLD, ExitStatus(signal=9)))
+    shell.tell(on.Emptied("m@1", OLD))
     (welcome,) = shell.to_client(f.Kind.WELCOME)
     assert isinstance(welcome.header, f.Welcome)
     assert welcome.header.unknown == (ONE,)
@@ -120,7 +120,7 @@ def test_a_request_known_from_its_worker_alone_is_asked_of_its_client_when_that_
 
 def test_a_request_whose_client_never_comes_is_released() -> None:
     shell = taken_over()
-    shell.hello("m.1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, True))
+    shell.hello("m@1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, True))
     shell.wait(31)
     assert f.Kind.RELEASE in [effect.kind for effect in shell.all(do.ToWorker)]
     assert shell.kernel.requests() == []
@@ -128,8 +128,8 @@ def test_a_request_whose_client_never_comes_is_released() -> None:
 
 def test_what_a_host_holds_and_nobody_gave_it_is_released() -> None:
     shell = taken_over()
-    shell.hello("m.1")
-    shell.hello("m.1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, True))
+    shell.hello("m@1")
+    shell.hello("m@1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, True))
     assert [effect.kind for effect in shell.all(do.ToWorker)] == [f.Kind.WELCOME, f.Kind.RELEASE]
 
 
@@ -137,11 +137,11 @@ def test_an_adopted_worker_of_a_changed_file_finishes_what_it_has_and_is_replace
     shell = successor(msgspec.structs.replace(spec(minimum=1), engine=Simulated(args=("-new",))))
     adopt(shell, spec(minimum=1))
     shell.count()
-    assert shell.state("m.1") == State.DRAINING
-    shell.hello("m.1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, False))
+    assert shell.state("m@1") == State.DRAINING
+    shell.hello("m@1", f.Phase.READY, f.HeldRequest(ONE, 1001, 0, 5, False))
     assert shell.none(do.Signal)
     shell.client(f.Kind.HELLO, b"", f.ClientHello(b"i" * 16, (f.OpenRequest(ONE, 0),)))
-    shell.worker("m.1", f.Kind.DONE, ONE, f.Done(1001, 5))
+    shell.worker("m@1", f.Kind.DONE, ONE, f.Done(1001, 5))
     shell.client(f.Kind.ACK, ONE, f.Ack(6))
     assert shell.only(do.Signal).stops
 
@@ -149,33 +149,33 @@ def test_an_adopted_worker_of_a_changed_file_finishes_what_it_has_and_is_replace
 def test_limits_set_by_hand_outlive_the_daemon_and_those_of_a_changed_file_come_into_force() -> None:
     by_hand = msgspec.structs.replace(spec().limits, nice=7)
     shell = successor(spec())
-    shell.tell(on.Adopted("m.1", OLD, 1, peer_of("m.1"), TOKEN, spec(), Grant(), by_hand, 100.0))
+    shell.tell(on.Adopted("m@1", OLD, 1, peer_of("m@1"), TOKEN, spec(), Grant(), by_hand, 100.0))
     assert shell.none(do.Confine)
     changed = msgspec.structs.replace(spec(), limits=msgspec.structs.replace(spec().limits, nice=3))
     shell = successor(changed)
-    shell.tell(on.Adopted("m.1", OLD, 1, peer_of("m.1"), TOKEN, spec(), Grant(), spec().limits, 100.0))
+    shell.tell(on.Adopted("m@1", OLD, 1, peer_of("m@1"), TOKEN, spec(), Grant(), spec().limits, 100.0))
     assert shell.only(do.Confine).limits.nice == 3
 
 
 def test_a_worker_that_was_being_stopped_is_stopped_still() -> None:
     shell = successor()
     adopt(shell, spec(minimum=1), stopping=True)
-    assert shell.state("m.1") == State.STOPPING
+    assert shell.state("m@1") == State.STOPPING
     assert shell.only(do.Signal).stops
 
 
 def test_a_worker_whose_file_is_gone_is_ended_and_forgotten() -> None:
     shell = successor(spec("other"))
     adopt(shell, spec())
-    shell.hello("m.1")
-    assert shell.state("m.1") == State.STOPPING
-    shell.tell(on.Exited("m.1", OLD, ExitStatus()))
-    shell.tell(on.Emptied("m.1", OLD))
+    shell.hello("m@1")
+    assert shell.state("m@1") == State.STOPPING
+    shell.tell(on.Exited("m@1", OLD, ExitStatus()))
+    shell.tell(on.Emptied("m@1", OLD))
     assert [view.spec.model for view in shell.kernel.models()] == ["other"]
 
 
 def test_of_two_processes_of_one_name_the_one_that_came_late_is_ended() -> None:
     shell = Shell(spec(minimum=1))
-    assert shell.only(do.Spawn).worker == "m.1"
+    assert shell.only(do.Spawn).worker == "m@1"
     adopt(shell, spec(minimum=1))
     assert shell.only(do.KillGroup).incarnation == OLD

@@ -38,26 +38,26 @@ def test_workers_are_started_for_the_requests_there_are_and_within_bounds() -> N
     for number in range(5):
         shell.submit(rid_of(number))
         spawns += shell.all(do.Spawn)
-    assert [spawn.worker for spawn in spawns] == ["m.1", "m.2"]
+    assert [spawn.worker for spawn in spawns] == ["m@1", "m@2"]
 
 
 def test_a_model_with_a_minimum_is_started_unasked_once_the_devices_are_counted() -> None:
     shell = Shell(spec(minimum=2, maximum=3), counted=False)
     assert shell.none(do.Spawn)
     shell.count()
-    assert [spawn.worker for spawn in shell.all(do.Spawn)] == ["m.1", "m.2"]
+    assert [spawn.worker for spawn in shell.all(do.Spawn)] == ["m@1", "m@2"]
 
 
 def test_an_idle_worker_is_stopped_after_its_time_and_never_one_of_the_minimum() -> None:
     shell, _ = up()
     shell.wait(59)
-    assert shell.state("m.1") == State.READY
+    assert shell.state("m@1") == State.READY
     shell.wait(2)
     assert signals(shell) == [(15, True)]
     kept = Shell(spec(minimum=1))
     kept.ready(kept.only(do.Spawn))
     kept.wait(1000)
-    assert kept.state("m.1") == State.READY
+    assert kept.state("m@1") == State.READY
 
 
 def test_an_idle_worker_makes_room_and_only_as_many_as_are_needed_however_often_it_is_asked() -> None:
@@ -70,12 +70,12 @@ def test_an_idle_worker_makes_room_and_only_as_many_as_are_needed_however_often_
     stopped = [effect.worker for effect in shell.all(do.Signal)]
     shell.submit(TWO, "c")
     stopped += [effect.worker for effect in shell.all(do.Signal)]
-    assert stopped == ["a.1"]
+    assert stopped == ["a@1"]
     assert shell.kernel.models()[2].why == "needs 2 CPUs; 0 of 4 are free"
-    shell.tell(on.Exited("a.1", 1001, ExitStatus(code=0)))
+    shell.tell(on.Exited("a@1", 1001, ExitStatus(code=0)))
     assert shell.none(do.Spawn), "its group may still be there"
-    shell.tell(on.Emptied("a.1", 1001))
-    assert shell.only(do.Spawn).worker == "c.1"
+    shell.tell(on.Emptied("a@1", 1001))
+    assert shell.only(do.Spawn).worker == "c@1"
 
 
 def test_a_worker_that_becomes_idle_makes_room_for_who_waited_for_it() -> None:
@@ -85,9 +85,9 @@ def test_a_worker_that_becomes_idle_makes_room_for_who_waited_for_it() -> None:
     shell.submit(TWO, "b")
     assert shell.none(do.Signal), "a busy worker is not evicted for an equal"
     shell.done(run)
-    assert [effect.worker for effect in shell.all(do.Signal)] == ["a.1"] or shell.state("a.1") == State.DRAINING
+    assert [effect.worker for effect in shell.all(do.Signal)] == ["a@1"] or shell.state("a@1") == State.DRAINING
     shell.client(f.Kind.ACK, ONE, f.Ack(1))
-    assert shell.state("a.1") == State.STOPPING
+    assert shell.state("a@1") == State.STOPPING
 
 
 def test_what_can_never_fit_fails_its_requests_at_once_with_the_reason() -> None:
@@ -102,7 +102,7 @@ def test_what_can_never_fit_fails_its_requests_at_once_with_the_reason() -> None
 def test_a_worker_that_dies_comes_back_after_its_back_off() -> None:
     shell, spawn = up()
     shell.ends(spawn)
-    assert shell.state("m.1") == State.BACKOFF
+    assert shell.state("m@1") == State.BACKOFF
     shell.wait(0.25)
     again = shell.only(do.Spawn)
     assert again.incarnation == spawn.incarnation + 1
@@ -117,7 +117,7 @@ def test_an_engine_that_never_becomes_ready_fails_in_the_end_and_a_new_file_give
         spawn = next(e for e in reversed(shell.everything) if isinstance(e, do.Spawn))
         shell.spawned(spawn)
         shell.ends(spawn, ExitStatus(code=0))
-    assert shell.state("m.1") == State.FAILED
+    assert shell.state("m@1") == State.FAILED
     assert "3 starts within 5m: exit code 0 before it was ready" in shell.failure().message
     assert shell.submit(TWO) and shell.failure().code == f.Code.UNAVAILABLE
     shell.apply(msgspec.structs.replace(spec(minimum=1), restart=burst, engine=Simulated(args=("--fixed",))))
@@ -128,8 +128,8 @@ def test_a_command_that_does_not_exist_has_failed_at_once() -> None:
     shell = Shell(spec())
     shell.submit(ONE)
     spawn = shell.only(do.Spawn)
-    shell.tell(on.SpawnFailed("m.1", spawn.incarnation, "exec", "no such file", permanent=True))
-    assert shell.state("m.1") == State.FAILED
+    shell.tell(on.SpawnFailed("m@1", spawn.incarnation, "exec", "no such file", permanent=True))
+    assert shell.state("m@1") == State.FAILED
     assert "exec: no such file; `llmos reset m` clears it" in shell.failure().message
     shell.command(on.Reset, "m")
     shell.submit(TWO)
@@ -143,8 +143,8 @@ def test_a_stop_before_the_spawn_is_done_is_carried_out_when_it_is() -> None:
         spawn = shell.only(do.Spawn)
         shell.command(on.Stop, "m", False)
         if fails:
-            shell.tell(on.SpawnFailed("m.1", spawn.incarnation, "cgroup", "it is busy"))
-            assert shell.state("m.1") == State.STOPPED
+            shell.tell(on.SpawnFailed("m@1", spawn.incarnation, "cgroup", "it is busy"))
+            assert shell.state("m@1") == State.STOPPED
             shell.wait(100)
             assert shell.none(do.Spawn)
         else:
@@ -169,25 +169,25 @@ def test_a_start_while_it_stops_begins_another_life() -> None:
     shell.command(on.Stop, "m", False)
     shell.command(on.Start, "m")
     shell.ends(spawn, ExitStatus(code=0))
-    assert shell.only(do.Spawn).worker == "m.1"
+    assert shell.only(do.Spawn).worker == "m@1"
 
 
 def test_a_group_that_no_kill_ends_is_unkillable_keeps_its_resources_and_loses_its_requests() -> None:
     shell, _ = up(spec(cpus=4, maximum=2))
     shell.submit(ONE)
-    shell.command(on.Stop, "m.1", True)
+    shell.command(on.Stop, "m@1", True)
     assert signals(shell) == [(15, True)]
     shell.wait(10)
     assert shell.only(do.KillGroup)
     shell.wait(10)
-    assert shell.state("m.1") == State.UNKILLABLE
+    assert shell.state("m@1") == State.UNKILLABLE
     assert shell.kernel.ledger().free.millicpus == 0
     assert shell.kernel.requests()[0].worker == ""
     shell.wait(30)
     assert shell.only(do.KillGroup)
-    shell.tell(on.Exited("m.1", 1001, ExitStatus(signal=9)))
-    shell.tell(on.Emptied("m.1", 1001))
-    assert shell.only(do.Spawn).worker == "m.2"
+    shell.tell(on.Exited("m@1", 1001, ExitStatus(signal=9)))
+    shell.tell(on.Emptied("m@1", 1001))
+    assert shell.only(do.Spawn).worker == "m@2"
 
 
 def test_a_silent_worker_at_work_is_probed_then_killed_and_an_idle_one_is_left_alone() -> None:
@@ -204,10 +204,10 @@ def test_a_silent_worker_at_work_is_probed_then_killed_and_an_idle_one_is_left_a
 def test_a_frozen_worker_is_not_hung_and_is_listened_to_again_once_it_thaws() -> None:
     shell, _ = up()
     shell.submit(ONE)
-    assert shell.command(on.Kill, "m.1", 19).workers == ("m.1",)
+    assert shell.command(on.Kill, "m@1", 19).workers == ("m@1",)
     shell.wait(500)
     assert shell.none(do.KillGroup)
-    shell.command(on.Kill, "m.1", 18)
+    shell.command(on.Kill, "m@1", 18)
     shell.wait(31)
     assert shell.only(do.KillGroup)
 
@@ -217,19 +217,19 @@ def test_a_load_may_take_long_while_it_makes_progress() -> None:
     spawn = shell.only(do.Spawn)
     shell.spawned(spawn)
     for share in (0.1, 0.2, 0.3):
-        shell.worker("m.1", f.Kind.STATUS, b"", f.Status(f.Phase.LOADING, share))
+        shell.worker("m@1", f.Kind.STATUS, b"", f.Status(f.Phase.LOADING, share))
         shell.wait(500)
-        assert shell.state("m.1") == State.LOADING
+        assert shell.state("m@1") == State.LOADING
     shell.wait(101)
-    assert shell.state("m.1") == State.STOPPING
+    assert shell.state("m@1") == State.STOPPING
 
 
 def test_a_worker_whose_engine_has_failed_takes_no_more_and_comes_back_however_clean_its_exit() -> None:
     shell, spawn = up()
-    shell.worker("m.1", f.Kind.STATUS, b"", f.Status(f.Phase.FAILED, detail="the engine went away"))
-    assert shell.state("m.1") == State.STOPPING
+    shell.worker("m@1", f.Kind.STATUS, b"", f.Status(f.Phase.FAILED, detail="the engine went away"))
+    assert shell.state("m@1") == State.STOPPING
     shell.ends(spawn, ExitStatus(code=0))
-    assert shell.state("m.1") == State.BACKOFF
+    assert shell.state("m@1") == State.BACKOFF
 
 
 # -- commands -----------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_changed_file_restarts_only_what_it_must() -> None:
     assert shell.none(do.Signal)
     shell.apply(msgspec.structs.replace(live, engine=Simulated(args=("-x",))))
     assert signals(shell) == [(15, True)]
-    shell.ends(do.Spawn("m.1", 1001, live, live.limits, shell.kernel.workers()[0].grant), ExitStatus(code=0))
+    shell.ends(do.Spawn("m@1", 1001, live, live.limits, shell.kernel.workers()[0].grant), ExitStatus(code=0))
     assert shell.only(do.Spawn).spec.engine.args == ("-x",)
 
 
@@ -290,7 +290,7 @@ def test_limits_change_at_once_and_none_gives_the_default_again() -> None:
     shell, _ = up()
     shell.command(on.SetLimits, "m", {"memory_max": "1G", "allowed_cpus": "0-1"})
     assert str(shell.only(do.Confine).limits.memory_max) == "1G"
-    shell.command(on.SetLimits, "m.1", {"memory_max": None})
+    shell.command(on.SetLimits, "m@1", {"memory_max": None})
     limits = shell.only(do.Confine).limits
     assert (limits.memory_max, str(limits.allowed_cpus)) == (None, "0-1")
 
@@ -299,9 +299,9 @@ def test_limits_change_at_once_and_none_gives_the_default_again() -> None:
     ("kind", "details", "code"),
     [
         (on.Start, ("nothing",), "not_found"),
-        (on.Remove, ("m.1",), "invalid"),
-        (on.Kill, ("m.1", 99), "invalid"),
-        (on.Kill, ("m.1", 18), "refused"),
+        (on.Remove, ("m@1",), "invalid"),
+        (on.Kill, ("m@1", 99), "invalid"),
+        (on.Kill, ("m@1", 18), "refused"),
         (on.Apply, (spec("other"),), "refused"),
     ],
 )

@@ -77,7 +77,7 @@ def dead(
 ) -> Worker:
     """A worker of whose life nothing is left."""
     engine = Simulated() if hosted else Command(command=("true",))
-    worker = Worker("m.1", "m", ModelSpec(model="m", engine=engine, restart=restart or Restart()))
+    worker = Worker("m@1", "m", ModelSpec(model="m", engine=engine, restart=restart or Restart()))
     worker.exit_status, worker.ready_at, worker.starts = status, ready_at, [90.0]
     return worker
 

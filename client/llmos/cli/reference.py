@@ -21,7 +21,7 @@ finds by its runtime directory: `--host DIR`, or `LLMOS_HOST`, else the user's (
 `/tmp/llmosd-UID`), else the system's, `/run/llmosd`. Root looks in `/run/llmosd` only. A daemon that restarts is a
 pause of a few seconds.
 
-- **NAME** is a worker's (`gemma3-270m.1`), a model's or an alias's.
+- **NAME** is a worker's (`gemma3-270m@1`), a model's or an alias's.
 - **Tables** are for people: sizes in powers of 1024, `-` for nothing; on a terminal the last column is cut to fit.
 - **`-o json`** is for programs: the same fields in bytes and seconds, named as in `proto/llmos/v1/control.proto`, where
   their meaning is. `events` gives one object a line.
@@ -51,7 +51,7 @@ git diff | llmos run coder --chat -     # the prompt from stdin
 llmos ps -T                             # what runs for whom
 llmos limits gemma3-270m memory_max=2G  # while it runs
 llmos kill 3f9a01c2                     # cancel a request, by the beginning of its id
-llmos restart gemma3-270m && llmos logs -f gemma3-270m.1
+llmos restart gemma3-270m && llmos logs -f gemma3-270m@1
 llmos ps -o json | jq '.[] | select(.state == "failed") | .why'
 eval "$(llmos completion bash)"         # completes verbs, options, and names of workers and models
 ```

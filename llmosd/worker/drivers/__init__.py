@@ -65,6 +65,10 @@ class EngineEnded(Exception):  # noqa: N818
 Progress = Callable[[float, str], None]
 
 
+class CannotWork(EngineEnded):
+    """There is no engine until somebody mends something: trying again cannot help."""
+
+
 class Driver(Protocol):
     """An engine family. Cancelling the iteration of `run` takes the request from the engine."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmosd.kernel import spec
 from llmosd.worker.config import HostConfig
-from llmosd.worker.drivers import Driver, EngineEnded
+from llmosd.worker.drivers import CannotWork, Driver
 from llmosd.worker.log import WorkerLog
 
 
@@ -31,4 +31,4 @@ def driver_for(config: HostConfig, log: WorkerLog) -> Driver:
         from llmosd.worker.drivers.attached import AttachedEngine
 
         return AttachedEngine(engine, config)
-    raise EngineEnded(f"driver {engine.driver} has no worker host")
+    raise CannotWork(f"driver {engine.driver} has no worker host")

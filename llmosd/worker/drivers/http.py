@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 
 from llmos.protocol import frames as f
-from llmosd.worker.drivers import Call, EngineBrokeOff, EngineEnded, Finished, Item, Progress, RequestFailed
+from llmosd.worker.drivers import Call, CannotWork, EngineBrokeOff, Finished, Item, Progress, RequestFailed
 from llmosd.worker.drivers.render import CHAT, COMPLETIONS, decode_body
 
 #: An answer, or one line of a stream, that is larger is not read on.
@@ -170,13 +170,13 @@ class HttpEngine:
 
 
 def read_key(path: str) -> dict[str, str]:
-    """The Authorization header for an API key kept in a file; nothing for no file. Raises EngineEnded."""
+    """The Authorization header for an API key kept in a file; nothing for no file. Raises CannotWork."""
     if not path:
         return {}
     try:
         return {"authorization": f"Bearer {Path(path).read_text().strip()}"}
     except OSError as error:
-        raise EngineEnded(f"cannot read api_key_file {path}: {error.strerror}") from error
+        raise CannotWork(f"cannot read api_key_file {path}: {error.strerror}") from error
 
 
 def _says_finished(event: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import msgspec
 from llmos.protocol import frames as f
 from llmosd.kernel.spec import LlamaCpp
 from llmosd.worker.config import HostConfig
-from llmosd.worker.drivers import Call, EngineEnded, Finished, Item, Progress, RequestFailed
+from llmosd.worker.drivers import Call, CannotWork, Finished, Item, Progress, RequestFailed
 from llmosd.worker.drivers.http import HttpEngine
 from llmosd.worker.drivers.process import ProcessEngine
 from llmosd.worker.drivers.render import CHAT
@@ -53,7 +53,7 @@ class LlamaCppEngine(ProcessEngine):
         on_path = shutil.which("llama-server")
         if engine.server == "wheel" or (engine.server == "auto" and in_wheel):
             if not in_wheel:
-                raise EngineEnded("llama.cpp's wheel is not installed; `pip install llmosd[llamacpp]` brings it")
+                raise CannotWork("llama.cpp's wheel is not installed; `pip install llmosd[llamacpp]` brings it")
             settings = {
                 "weights": str(weights),
                 "socket": self._socket,
@@ -69,7 +69,7 @@ class LlamaCppEngine(ProcessEngine):
             script = str(Path(__file__).with_name("llamacpp_server.py"))
             return [sys.executable, "-I", script, msgspec.json.encode(settings).decode()]
         if on_path is None:
-            raise EngineEnded(
+            raise CannotWork(
                 "there is no llama.cpp: `pip install llmosd[llamacpp]` brings one, or put a llama-server on PATH"
             )
         command = [
@@ -94,20 +94,20 @@ class LlamaCppEngine(ProcessEngine):
 
 
 def find_weights(name: str, search: tuple[str, ...]) -> Path:
-    """The weights' file. Raises EngineEnded naming every place that was looked at."""
+    """The weights' file. Raises CannotWork naming every place that was looked at."""
     path = Path(name).expanduser()
     places = [path] if path.is_absolute() else [Path(base) / path for base in search]
     for place in places:
         if place.is_file():
             return place
-    raise EngineEnded(f"there are no weights {name!r}: looked for {', '.join(map(str, places))}")
+    raise CannotWork(f"there are no weights {name!r}: looked for {', '.join(map(str, places))}")
 
 
 def has_chat_template(weights: Path) -> bool:
     """Whether a GGUF file brings a chat template. llama.cpp makes one up otherwise, and the answers are nonsense."""
     with weights.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise EngineEnded(f"{weights} is not a GGUF file")
+            raise CannotWork(f"{weights} is not a GGUF file")
         size = min(_METADATA_MAX, weights.stat().st_size)
         with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as head:
             return head.find(_TEMPLATE_KEY) >= 0

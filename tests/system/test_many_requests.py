@@ -35,7 +35,7 @@ def shared(gemma_weights: Path) -> Iterator[Machine]:
 @pytest.mark.model
 def test_two_hundred_requests_over_five_workers_are_each_answered_exactly_once(shared: Machine) -> None:
     client = shared.client
-    client.wait([f"sim.{n}" for n in range(1, 5)])
+    client.wait([f"sim@{n}" for n in range(1, 5)])
     client.wait(client.start("gemma").workers)
     before = client.status().counters
 

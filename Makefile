@@ -40,6 +40,11 @@ demo: $(HAVE_DEMO)  ## a real model, from a cold start to a killed worker that c
 test: $(HAVE_DEV)  ## every test, the real model's too: at most 10 minutes on two cores
 	@$(BIN)/pytest $(ARGS)
 
+.PHONY: test-vm
+test-vm: $(HAVE_DEV)  ## the service on a booted Debian 12, emulated: 4 minutes, and 2 more the first time
+	@$(BIN)/python tests/vm/image.py
+	@$(BIN)/pytest tests/vm $(ARGS)
+
 run: $(HAVE_DEMO)  ## a daemon in the foreground with that model, for exploring
 	@$(RUN) $(ARGS)
 

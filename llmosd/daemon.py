@@ -134,6 +134,9 @@ class Daemon:
             self.feed(event)
         inventory = self.machine.inventory = await asyncio.to_thread(take_inventory)
         self.feed(on.Counted(inventory.capacity(int(self._settings.node.reserve_memory))))
+        # Not before: a client that comes back would be told that its model does not exist.
+        self._back.serve()
+        self._front.serve()
         await self._control.start()
         for number, what in ((signal.SIGTERM, self.stop), (signal.SIGINT, self.stop), (signal.SIGHUP, self._reload)):
             self._loop.add_signal_handler(number, what)

@@ -14,6 +14,7 @@ import msgspec
 from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About, CheckRow, DeviceRow, Refused, Used
 from llmosd.declared import DeclarationError, convert
+from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
@@ -104,6 +105,7 @@ class LocalMachine:
         self._files[spec.model] = path
         try:
             self._override_path(spec.model).unlink(missing_ok=True)
+            failpoint("apply.kept")
             await asyncio.to_thread(self._models.keep, path, text)
         except OSError as error:
             message = f"model {spec.model} is in force, but its file cannot be kept in {self._models.path}: {error}"

@@ -72,7 +72,11 @@ class Router:
         if fd >= 0:
             self._socket.setsockopt(zmq.USE_FD, fd)
         self._socket.bind(address)
+
+    def serve(self) -> None:
+        """Begin to receive. Until then whoever connects waits, and what it sends with it."""
         self._loop.add_reader(self._socket.fileno(), self._readable)
+        self.resume()
 
     def send(self, effect: do.ToClient | do.ToWorker) -> None:
         """Send one message. A peer that is not there is told to the kernel."""

@@ -101,6 +101,8 @@ class Adopted(Event, frozen=True):
     started_at: float
     #: The recorded intent was to stop it.
     stopping: bool = False
+    #: Its processes are stopped by the freezer or by SIGSTOP, and so cannot say HELLO.
+    frozen: bool = False
 
 
 class Exited(Event, frozen=True):

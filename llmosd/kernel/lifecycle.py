@@ -169,6 +169,7 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
     S.ADOPTED: {
         T.HELLO: (S.LOADING, ()),
         T.LOADED: (S.READY, (A.DISPATCH,)),
+        T.FREEZE: (S.FROZEN, (A.FREEZE,)),
         T.STOP: (S.STOPPING, (A.TERM,)),
         T.DRAIN: (S.DRAINING, (A.TELL_DRAIN,)),
         T.TIMEOUT: (S.STOPPING, (A.KILL,)),

@@ -113,6 +113,8 @@ class Supervisor:
                 fleet.confine(worker, model.spec.limits)
             if not spec.engine.hosted:
                 fleet.fire(worker, Trigger.LOADED, now)
+        if event.frozen and not fleet.fire(worker, Trigger.FREEZE, now, "frozen before the daemon started"):
+            self._out.append(do.Freeze(worker.name, worker.incarnation, False))  # or it could not end
         fleet.touch(model)
 
     def over_limit(self, event: on.OverLimit, now: float) -> None:
@@ -162,6 +164,10 @@ class Supervisor:
                 fleet.fire(worker, Trigger.DRAIN, now, worker.failure_reason)
         elif phase == f.Phase.READY and worker.state in _COMING_UP:
             fleet.fire(worker, Trigger.LOADED, now)
+        elif phase == f.Phase.DRAINING and worker.state in _COMING_UP:
+            # Told so by an earlier daemon, whose decision stands.
+            fleet.fire(worker, Trigger.LOADED, now)
+            fleet.end(worker, now, "was draining when the daemon started")
         elif phase == f.Phase.LOADING and worker.state in (State.STARTING, State.ADOPTED):
             fleet.fire(worker, Trigger.HELLO, now, detail or "the engine loads")
         elif phase == f.Phase.LOADING and worker.state is State.LOADING:

@@ -44,6 +44,8 @@ class Group(Protocol):
     def freeze(self, frozen: bool) -> None:
         """Stop all, or let all go on. Raises OSError."""
 
+    def is_frozen(self) -> bool: ...
+
     def release(self) -> None:
         """Clean up after an empty group."""
 
@@ -98,6 +100,12 @@ class CgroupGroup:
 
     def freeze(self, frozen: bool) -> None:
         (self._path / "cgroup.freeze").write_text("1" if frozen else "0")
+
+    def is_frozen(self) -> bool:
+        try:
+            return (self._path / "cgroup.freeze").read_text().strip() == "1"
+        except OSError:
+            return False
 
     def release(self) -> None:
         # The deepest first; one that holds a process stays.
@@ -190,6 +198,12 @@ class MarkedGroup:
     def freeze(self, frozen: bool) -> None:
         for pid in self.members():
             signal_process(pid, signal.SIGSTOP if frozen else signal.SIGCONT)
+
+    def is_frozen(self) -> bool:
+        try:
+            return Path(f"/proc/{self._leader}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Nothing is left of it."""

@@ -215,6 +215,7 @@ class Node:
             limits=record.limits,
             started_at=record.started_at,
             stopping=record.stopping,
+            frozen=group.is_frozen(),
         )
 
     # -- looking --------------------------------------------------------------------------------------------

@@ -229,11 +229,10 @@ def machine() -> Iterator[Machine]:
             assert wait_for("end of all processes", lambda: not made.processes())
             assert made.sockets() == []
             assert "Traceback" not in made.log(), made.log()
-    except BaseException:
+    finally:
+        # Shown by pytest where the test failed.
         if (root / "daemon.log").exists():
             print(made.log()[-20_000:])
-        raise
-    finally:
         made.close()
         shutil.rmtree(root, ignore_errors=True)
 

@@ -52,6 +52,38 @@ def test_what_lives_is_adopted_and_not_started_again() -> None:
     assert shell.state("m@1") == State.READY
 
 
+def test_a_worker_that_was_frozen_stays_frozen_until_an_operator_thaws_it() -> None:
+    shell = successor()
+    one = spec(minimum=1)
+    shell.tell(on.Adopted("m@1", OLD, 4242, peer_of("m@1"), TOKEN, one, Grant(1000), one.limits, 100.0, frozen=True))
+    shell.count()
+    assert shell.state("m@1") == State.FROZEN
+    shell.wait(3600)
+    assert shell.state("m@1") == State.FROZEN
+    shell.command(on.Kill, "m@1", 18)
+    assert shell.state("m@1") == State.READY
+
+
+def test_a_frozen_worker_that_is_to_end_is_thawed_so_that_it_can() -> None:
+    shell = successor()
+    one = spec(minimum=1)
+    shell.tell(
+        on.Adopted("m@1", OLD, 4242, peer_of("m@1"), TOKEN, one, Grant(1000), one.limits, 100.0, True, frozen=True)
+    )
+    assert shell.state("m@1") == State.STOPPING
+    assert [effect.frozen for effect in shell.all(do.Freeze)] == [False]
+
+
+def test_a_worker_that_was_draining_goes_on_draining_and_ends() -> None:
+    shell = taken_over()
+    held = f.HeldRequest(ONE, 7, 0, 1, False)
+    shell.hello("m@1", f.Phase.DRAINING, held)
+    assert shell.state("m@1") == State.DRAINING
+    shell.worker("m@1", f.Kind.DONE, ONE, f.Done(7, 1))
+    shell.client(f.Kind.ACK, ONE, f.Ack(2))
+    assert shell.state("m@1") == State.STOPPING
+
+
 def test_a_request_with_a_ticket_waits_until_every_adopted_worker_was_heard() -> None:
     shell = taken_over()
     shell.submit(ONE, ticket=ticket())

@@ -32,6 +32,7 @@ def test_a_peer_that_floods_and_never_reads_costs_a_bounded_number_of_messages(t
             context, f"ipc://{tmp_path}/front.sock", f.CLIENT_TO_DAEMON, 1 << 20,
             lambda peer, message: said.append(message), on_unreachable=unreachable.append, unread_max=100,
         )  # fmt: skip
+        router.serve()
         peer = context.socket(zmq.DEALER)
         peer.setsockopt(zmq.IDENTITY, PEER)
         peer.setsockopt(zmq.RCVHWM, 1)

@@ -1,6 +1,7 @@
 """The kernel and both ends of the bus under faults, in virtual time, with every invariant checked at every step.
 
-A seed that fails is replayed alone, exactly, with LLMOS_SIM_SEED=<seed>; LLMOS_SIM_STEPS sets how long it runs.
+A seed that fails is replayed alone, exactly, with LLMOS_SIM_SEED=<seed>; LLMOS_SIM_STEPS sets how long each runs, and
+LLMOS_SIM_SEEDS how many there are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import pytest
 from tests.simulation.world import World
 
 STEPS = int(os.environ.get("LLMOS_SIM_STEPS", "12500"))
-SEEDS = [int(os.environ["LLMOS_SIM_SEED"])] if "LLMOS_SIM_SEED" in os.environ else list(range(1, 9))
+COUNT = int(os.environ.get("LLMOS_SIM_SEEDS", "8"))
+SEEDS = [int(os.environ["LLMOS_SIM_SEED"])] if "LLMOS_SIM_SEED" in os.environ else list(range(1, COUNT + 1))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

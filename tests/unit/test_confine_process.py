@@ -6,7 +6,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,27 +42,6 @@ if os.fork() == 0:
     threads(); os.write(into, b'x'); threading.Event().wait()
 threads(); os.read(out, 1); print('ready', flush=True); sys.stdin.read()
 """
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a Python program in a session of its own; it and its descendants end with the test."""
-    running: list[subprocess.Popen[str]] = []
-
-    def run(code: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-        running.append(process)
-        return process
-
-    yield run
-    for process in running:
-        if process.returncode is None:
-            for pid in with_descendants([process.pid]):
-                os.kill(pid, 9)
-        process.communicate(timeout=30)
 
 
 @pytest.fixture

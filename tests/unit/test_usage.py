@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,26 +15,6 @@ from llmosd.node.usage import CpuMeter, ProcessId, Usage, sample
 
 MIB = 1 << 20
 Start = Callable[[str], "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts a Python program in a session of its own, which ends with the test."""
-    running: list[subprocess.Popen[str]] = []
-
-    def run(code: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-        running.append(process)
-        return process
-
-    yield run
-    for process in running:
-        if process.returncode is None:
-            os.killpg(process.pid, 9)
-        process.communicate(timeout=30)
 
 
 def said(process: subprocess.Popen[str]) -> str:

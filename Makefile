@@ -28,11 +28,11 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH" examples/run.sh
 BENCH := $(BIN)/python -m bench
 PROTO := proto/llmos/v1/control.proto
 
-.PHONY: help demo test run bench style types proto docs clean
+.PHONY: help demo test test-vm test-long run bench style types proto docs clean
 
 help:  ## list the verbs
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r verb text; do \
-		printf '%-14s %s\n' "$$verb" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r verb text; do \
+		printf '%-17s %s\n' "$$verb" "$$text"; done
 
 demo: $(HAVE_DEMO)  ## a real model, from a cold start to a killed worker that comes back
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(DEMO) $(ARGS)
@@ -40,10 +40,13 @@ demo: $(HAVE_DEMO)  ## a real model, from a cold start to a killed worker that c
 test: $(HAVE_DEV)  ## every test, the real model's too: at most 10 minutes on two cores
 	@$(BIN)/pytest $(ARGS)
 
-.PHONY: test-vm
 test-vm: $(HAVE_DEV)  ## the service on a booted Debian 12, emulated: 4 minutes, and 2 more the first time
 	@$(BIN)/python tests/vm/image.py
 	@$(BIN)/pytest tests/vm $(ARGS)
+
+test-long: $(HAVE_DEV)  ## the daemon killed at every failpoint, and more seeds of the simulation: half an hour
+	@$(BIN)/pytest tests/long $(ARGS)
+	@LLMOS_SIM_SEEDS=60 $(BIN)/pytest tests/simulation $(ARGS)
 
 run: $(HAVE_DEMO)  ## a daemon in the foreground with that model, for exploring
 	@$(RUN) $(ARGS)
@@ -67,7 +70,7 @@ docs: $(HAVE_DEV)  ## write the generated documents again, from the declarations
 	@$(BIN)/python -m llmos.cli.reference > docs/cli.md
 
 clean:  ## remove what make made: .venv, the demo's files, caches
-	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .demo .vm .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:

@@ -114,7 +114,7 @@ def _unusable(address: Address, uid: int) -> str:
     except FileNotFoundError:
         return f"no {address.control_path}"
     except PermissionError:
-        return f"{directory} may not be read by you"
+        return f"{directory} may not be read by you: be a member of its group"
     except OSError as error:
         return f"{directory}: {error.strerror}"
     # Anybody may make a directory in /tmp: what is not ours or root's is not trusted.

@@ -89,7 +89,11 @@ class CpuSet(tuple[int, ...]):
     @classmethod
     def parse(cls, value: Any) -> CpuSet:
         cpus: set[int] = set()
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, list):
+            # A tuple is what msgspec writes by itself, as a list, without asking `encode_quantity`.
+            if 0 < len(value) <= _CPUS_MAX and all(type(cpu) is int and 0 <= cpu < _CPUS_MAX for cpu in value):
+                return cls(value)
+        elif isinstance(value, str) and value.strip():
             named = 0
             for part in value.split(","):
                 match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)

@@ -14,7 +14,9 @@ from llmos.errors import DaemonUnreachable
 
 
 def test_workers_live_on_when_their_daemon_is_killed_and_serve_the_next_one(a_machine: Machine) -> None:
-    a_machine.model(simulated("sim"))
+    # Every kind of limit must survive being written down.
+    cpu = min(os.sched_getaffinity(0))
+    a_machine.model(simulated("sim", limits=f'allowed_cpus = "{cpu}"\nmemory_max = "1G"\nrequest_timeout = "1m"'))
     a_machine.model(openai("stub", "openai_like.py", "--port", "{port}"))
     a_machine.model(command(["sleep", "1000"], name="plain"))
     a_machine.start()

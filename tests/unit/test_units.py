@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmosd.kernel.spec import Limits
 from llmosd.kernel.units import Bytes, CpuSet, Percent, Quantity, Seconds, decode_quantity, encode_quantity
 
 KINDS: tuple[type[Quantity], ...] = (Bytes, Seconds, Percent, CpuSet)
@@ -92,3 +94,24 @@ def test_what_is_no_set_of_cpus_is_refused_however_long(text: str) -> None:
 @given(st.sets(st.integers(0, 8191), min_size=1, max_size=50))
 def test_every_set_of_cpus_is_read_back(cpus: set[int]) -> None:
     assert set(CpuSet.parse(str(CpuSet(cpus)))) == cpus
+
+
+@pytest.mark.parametrize("codec", [msgspec.json, msgspec.msgpack])
+def test_limits_that_were_written_down_are_read_back_as_they_were(codec: Any) -> None:
+    limits = Limits(
+        allowed_cpus=CpuSet([0, 2, 3]), cpu_quota=Percent(150), memory_max=Bytes(1 << 30), request_timeout=Seconds(1.5)
+    )
+    written = codec.encode(limits, enc_hook=encode_quantity)
+    read = codec.decode(written, type=Limits, dec_hook=decode_quantity)
+    assert read == limits
+    assert [type(getattr(read, name)) for name in ("allowed_cpus", "cpu_quota", "memory_max")] == [
+        CpuSet,
+        Percent,
+        Bytes,
+    ]
+
+
+@pytest.mark.parametrize("value", [[-1], [8192], ["0"], [True], [1.5], list(range(10_000)), []])
+def test_a_list_that_is_no_set_of_cpus_is_refused(value: list[object]) -> None:
+    with pytest.raises(ValueError, match="expected a set of CPUs"):
+        CpuSet.parse(value)

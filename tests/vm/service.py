@@ -94,6 +94,11 @@ class Service:
         found = self.run("grep --files-with-matches --null-data '^LLMOSD_GROUP=' /proc/[0-9]*/environ", check=False)
         return [int(path.split("/")[2]) for path in found.stdout.split()]
 
+    def marks(self) -> set[str]:
+        """The marks of all those processes: one for each life of a worker."""
+        search = "grep --no-filename --null-data --text '^LLMOSD_GROUP=' /proc/[0-9]*/environ | tr '\\0' '\\n'"
+        return set(self.run(search, check=False).stdout.split())
+
     def journal(self, *matches: str) -> list[dict[str, Any]]:
         """The unit's messages of this boot, oldest first, with all their fields."""
         lines = self.guest.out(shlex.join(["journalctl", "--boot", "--output=json", f"--unit={UNIT}", *matches]))

@@ -43,7 +43,7 @@ def test_a_client_that_connects_during_a_restart_waits_and_is_answered(service: 
 def test_a_killed_daemon_is_replaced_and_the_next_one_adopts_its_workers(service: Service) -> None:
     service.llmos("run", "sim", "one")
     service.llmos("start", "stubborn")
-    before, processes = service.workers(), service.processes()
+    before, marks = service.workers(), service.marks()
     assert set(before) == {"gateway", "sim", "stubborn"}
     daemon = service.main_pid()
     service.run(f"kill -KILL {daemon}")
@@ -52,7 +52,7 @@ def test_a_killed_daemon_is_replaced_and_the_next_one_adopts_its_workers(service
     assert json.loads(service.guest.out(CURL))["usage"]["completion_tokens"] == 3
     assert service.workers() == before
     assert set(service.processes()) >= set(before.values())
-    assert len(service.processes()) == len(processes)
+    assert service.marks() == marks and len(marks) == len(before)  # nobody was started a second time
     service.llmos("stop", "stubborn")
 
 

@@ -41,6 +41,7 @@ NAMES: Final = {
     "empty.forgotten": "the record is gone; the kernel does not know",
     "adopt.read": "a record was read, and its process not yet taken over",
     "adopt.taken": "a process was taken over; the kernel does not know",
+    "models.read": "the model files are being read, in a thread",
     "apply.kept": "a model is in force, and its file is not yet kept",
 }
 

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from llmosd.declared import DeclarationError, convert, read_toml
+from llmosd.failpoint import failpoint
 from llmosd.kernel.spec import KERNEL_LIMITS, Limits, ModelSpec
 from llmosd.kernel.units import encode_quantity
 
@@ -96,6 +97,7 @@ class ModelDirectory:
         """(models by name, what is wrong with the files that cannot be used)."""
         models: dict[str, tuple[ModelSpec, Path]] = {}
         refused = []
+        failpoint("models.read")
         for path in sorted(self.path.glob("*.toml")):
             try:
                 spec = parse(path.read_text(), str(path))

@@ -64,6 +64,7 @@ CELLS = [
     *((name, state, "kill") for name in ENDS for state in ("loading", "ready", "busy", "frozen", "draining")),
     *((name, state, "stop") for name in ENDS for state in ("loading", "ready", "busy", "frozen")),
     *((name, state, "restart") for name in ADOPT for state in ("loading", "ready", "busy", "frozen", "draining")),
+    *(("models.read", state, "restart") for state in ("ready", "busy", "draining")),
     ("apply.kept", "ready", "apply"),
     ("apply.kept", "stopped", "apply"),
 ]

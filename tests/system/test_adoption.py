@@ -183,3 +183,18 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_client_that_comes_back_before_a_new_daemon_knows_its_models_is_not_refused(a_machine: Machine) -> None:
+    a_machine.model(simulated("sim", decode_rate=50))
+    a_machine.prepare_failpoint("models.read=delay(1500)")
+    a_machine.start()
+    client = a_machine.client
+    client.wait(client.start("sim").workers)
+    pieces = iter(client.run("sim", "one two three", stream=True, max_tokens=150, timeout=60))
+    text = next(pieces).text
+    a_machine.kill()
+    a_machine.arm()
+    a_machine.start()
+    text += "".join(piece.text for piece in pieces)
+    assert text == client.run("sim", "one two three", max_tokens=150).text

@@ -12,8 +12,9 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -31,6 +32,8 @@ from llmosd.node.usage import CpuMeter, Usage, sample
 
 #: Seconds between two looks at what the workers use.
 SAMPLE_S: Final = 2.0
+#: Workers that one hand-over to a thread looks at; between two the loop has its turn.
+_LOOKED_AT_ONCE: Final = 32
 #: Seconds that a starting daemon waits for the remains of dead workers to go.
 REMAINS_S: Final = 10.0
 #: What a stray has forked becomes our child, and is killed, in the round after it.
@@ -46,6 +49,15 @@ class Measured(msgspec.Struct, frozen=True):
     usage: Usage = Usage()
     #: Percent of one CPU since the look before.
     cpu_percent: float = 0.0
+
+
+class Look(NamedTuple):
+    """What a look at one worker showed."""
+
+    life: Life
+    usage: Usage
+    #: The limit that it passes, as a sentence; empty: none.
+    over: str
 
 
 class Node:
@@ -226,9 +238,10 @@ class Node:
             await self._in_thread(lambda: reap_orphans(self._is_leader))
             if self.groups.cgroup_base is None:
                 await self._in_thread(self._kill_strays)
-            for life in list(self._lives.values()):
-                if life.pid:
-                    await self._look(life)
+            lives = [life for life in self._lives.values() if life.pid]
+            for start in range(0, len(lives), _LOOKED_AT_ONCE):
+                for look in await self._in_thread(partial(self._look_at, lives[start : start + _LOOKED_AT_ONCE])):
+                    self._note(look)
 
     def _kill_strays(self) -> None:
         """Whoever became our child outlived its leader, and has shed everything by which its group could find it."""
@@ -244,19 +257,28 @@ class Node:
     def _is_leader(self, pid: int) -> bool:
         return any(life.pid == pid for life in list(self._lives.values()))
 
-    async def _look(self, life: Life) -> None:
-        usage = await self._in_thread(lambda: sample(life.group.members()))
+    def _look_at(self, lives: list[Life]) -> list[Look]:
+        """One thread's work for several workers: handing it over costs more than looking at one that is idle."""
+        looks = []
+        for life in lives:
+            usage = sample(life.group.members())
+            limits = self._limits[life.worker]
+            over = self.confinement.over_limit(limits, usage)
+            if over:
+                # Cheap figures may count shared pages twice: look closely before anything is killed.
+                over = self.confinement.over_limit(limits, sample(life.group.members(), exact=True))
+            _cap(life.birth.log_file, self._log_max_bytes)
+            looks.append(Look(life, usage, over))
+        return looks
+
+    def _note(self, look: Look) -> None:
+        life = look.life
         if self._lives.get(life.worker) is not life:
-            return
+            return  # it ended meanwhile
         meter = self._meters.setdefault(life.worker, CpuMeter())
-        self.measured[life.worker] = Measured(usage, meter.update(usage, time.monotonic()))
-        limits = self._limits[life.worker]
-        if self.confinement.over_limit(limits, usage):
-            # Cheap figures may count shared pages twice: look closely before anything is killed.
-            exact = await self._in_thread(lambda: sample(life.group.members(), exact=True))
-            if over := self.confinement.over_limit(limits, exact):
-                self._emit(on.OverLimit(life.worker, life.incarnation, over))
-        await self._in_thread(lambda: _cap(life.birth.log_file, self._log_max_bytes))
+        self.measured[life.worker] = Measured(look.usage, meter.update(look.usage, time.monotonic()))
+        if look.over:
+            self._emit(on.OverLimit(life.worker, life.incarnation, look.over))
 
     # -- lives ----------------------------------------------------------------------------------------------
 

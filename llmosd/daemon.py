@@ -132,7 +132,7 @@ class Daemon:
         _, _, refused = await self.machine.reload()
         for event in survivors:
             self.feed(event)
-        inventory = self.machine.inventory = await asyncio.to_thread(take_inventory)
+        inventory = await asyncio.to_thread(take_inventory)
         self.feed(on.Counted(inventory.capacity(int(self._settings.node.reserve_memory))))
         # Not before: a client that comes back would be told that its model does not exist.
         self._back.serve()

@@ -23,7 +23,7 @@ from llmosd.kernel.units import CpuSet, encode_quantity
 from llmosd.modelfile import ModelDirectory, parse, write_whole
 from llmosd.node import doctor
 from llmosd.node.confine import Unenforceable
-from llmosd.node.devices import Inventory, take_inventory
+from llmosd.node.devices import take_inventory
 from llmosd.node.node import Measured, Node
 from llmosd.programs import GATEWAY
 
@@ -48,7 +48,6 @@ class LocalMachine:
         self.events = events
         self.about = about
         self.node = node
-        self.inventory: Inventory | None = None
         #: Further counts, by the parts that keep them.
         self.counts: list[Callable[[], dict[str, int]]] = [kernel.counters]
         self._feed = feed
@@ -208,7 +207,7 @@ class LocalMachine:
         return self.node.log_file(worker)
 
     async def devices(self) -> tuple[list[DeviceRow], list[str]]:
-        inventory = self.inventory = await asyncio.to_thread(take_inventory)
+        inventory = await asyncio.to_thread(take_inventory)
         ledger = self.kernel.ledger()
         workers = [view for view in self.kernel.workers() if view.pid]
         used = [self.used(view.name) for view in workers]

@@ -40,7 +40,7 @@ class Request:
 
     __slots__ = (
         "accepted_at", "attempt", "body", "cancel_reason", "client_acked", "client_at", "confirmed", "dispatched_at",
-        "ended_at", "expires_at", "final", "final_seq", "first_item_at", "losses", "lost_peer", "model", "next_seq",
+        "expires_at", "final", "final_seq", "first_item_at", "losses", "lost_peer", "model", "next_seq",
         "order", "peer", "prompt_tokens", "rid", "state", "submit", "tenant", "ticket", "tokens", "worker",
     )  # fmt: skip
 
@@ -83,7 +83,6 @@ class Request:
         self.client_at = now
         self.dispatched_at = 0.0
         self.first_item_at = 0.0
-        self.ended_at = 0.0
         self.expires_at = 0.0
         self.cancel_reason = ""
         #: Number of the final, once there is one; the final itself only where no worker keeps it.

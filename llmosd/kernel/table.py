@@ -122,7 +122,6 @@ class Table:
     def ended(self, request: Request, state: RequestState, now: float) -> None:
         """Count an end. Whatever is still to be sent of the answer, nothing is to be made any more."""
         request.state = state
-        request.ended_at = now
         self.open -= 1
         self.counts[state] += 1
         self._timers.set(request.rid, now + max(1.0, self._params.resume_timeout))

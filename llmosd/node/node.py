@@ -110,10 +110,6 @@ class Node:
     def log_file(self, worker: str) -> Path:
         return self._logs / f"{worker}.log"
 
-    def pid_of(self, worker: str) -> int:
-        life = self._lives.get(worker)
-        return life.pid if life else 0
-
     # -- effects --------------------------------------------------------------------------------------------
 
     def spawn(self, effect: do.Spawn) -> None:

@@ -21,10 +21,9 @@ class WorkerLog:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         self._size = os.fstat(self._fd).st_size
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.dropped_bytes = 0
 
     def write(self, data: bytes) -> None:
-        """Append. A disk that is full costs the lines, and is counted; never an exception, never a blocked engine."""
+        """Append. A disk that is full costs the lines; never an exception, never a blocked engine."""
         for line in data[-TAIL_LINES * _LINE_MAX :].splitlines():
             if line.strip():
                 self.tail.append(line[:_LINE_MAX].decode(errors="replace"))
@@ -33,7 +32,7 @@ class WorkerLog:
                 self._rotate()
             self._size += os.write(self._fd, data)
         except OSError:
-            self.dropped_bytes += len(data)
+            return  # there is nowhere to say so: the log itself cannot be written
 
     def say(self, text: str) -> None:
         """A line of the host's own."""

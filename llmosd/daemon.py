@@ -7,38 +7,41 @@ work it is. Nothing blocks on this loop, and no part knows another.
 from __future__ import annotations
 
 import asyncio
+import enum
 import getpass
 import logging
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 import zmq
 
 from llmos.protocol import frames as f
-from llmosd import __version__, notify
+from llmosd import __version__, notify, upgrade
 from llmosd.bus.clients import ClientProcesses
 from llmosd.bus.router import Router
 from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About
 from llmosd.control.server import ControlServer
 from llmosd.declared import DeclarationError
+from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.params import Params
-from llmosd.listen import HttpSocket
+from llmosd.listen import BusSocket, HttpSocket
+from llmosd.loop import KernelLoop
 from llmosd.machine import LocalMachine
 from llmosd.modelfile import ModelDirectory
-from llmosd.node.confine.process import ProcessConfinement
+from llmosd.node.confine.choice import Maker
 from llmosd.node.devices import take_inventory
 from llmosd.node.node import Node
 from llmosd.programs import GATEWAY, Programs, gateway_spec
-from llmosd.runtime import hold, ticket_key
+from llmosd.runtime import daemon_name, ticket_key
 from llmosd.settings import Directories, Settings
+from llmosd.upgrade import Kept, hold_signals, let_signals_through
 
 log = logging.getLogger("llmosd")
 
@@ -48,23 +51,26 @@ _CONTROL_GRACE_S: Final = 1.0
 _NO_CALL: Final = 0
 
 
+class End(enum.Enum):
+    """Why a daemon ends, and so what becomes of the workers."""
+
+    STOP = enum.auto()  # they end too, in order
+    LEAVE = enum.auto()  # they live on, for the daemon that comes next
+    UPGRADE = enum.auto()  # likewise, and that daemon is this process
+
+
 class Daemon:
     """One daemon. `start`, then `run` until it is told to stop, then `close`."""
 
-    def __init__(self, directories: Directories, settings: Settings) -> None:
+    def __init__(self, directories: Directories, settings: Settings, maker: Maker, kept: Kept | None) -> None:
+        """`kept`: what this process's earlier program left open. Raises OSError where the bus cannot listen."""
         self._directories = directories
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._inbox: deque[on.Event] = deque()
-        self._handling = False
         self._resuming = False
-        self._faults = 0
-        self._timer: asyncio.Handle | None = None
-        self._timer_at = 0.0
         self._down = asyncio.Event()
-        self._stop = asyncio.Event()
+        self._ending: asyncio.Future[End] = self._loop.create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._lock = hold(directories.runtime)
         now = time.monotonic()
         s = settings.scheduler
         self.kernel = Kernel(
@@ -80,12 +86,21 @@ class Daemon:
                 requests_max=s.requests_max,
             )
         )
-        sockets = self._passed = notify.passed_sockets()
-        self._http = HttpSocket(settings.gateway.listen, sockets.get("http", -1)) if settings.gateway.enabled else None
+        self._kernel_loop = KernelLoop(self.kernel)
+        self.feed = self._kernel_loop.feed
+        passed = notify.passed_sockets()
+        kept = kept or Kept(
+            http=passed.get("http", -1), front=passed.get("front", -1), back=passed.get("back", -1),
+            systemds="front" in passed,
+        )  # fmt: skip
+        self._http = HttpSocket(settings.gateway.listen, kept.http) if settings.gateway.enabled else None
+        runtime = directories.runtime
+        self._front_socket = BusSocket(runtime / "front.sock", kept.front, systemds=kept.systemds)
+        self._back_socket = BusSocket(runtime / "back.sock", kept.back, systemds=kept.systemds)
         self.events = EventLog(first=int(time.time() * 1000))
         programs = Programs(directories, settings, self._http)
         self.node = Node(
-            directories.runtime, directories.logs, settings.logs.max_size, ProcessConfinement(),
+            daemon_name(directories.runtime), maker, directories.runtime, directories.logs, settings.logs.max_size,
             self.feed, self._warn, programs.program,
         )  # fmt: skip
         self._clients = ClientProcesses(lambda peer, why: self.feed(on.ClientLost(peer, why)))
@@ -95,26 +110,24 @@ class Daemon:
             lambda peer, message: self.feed(on.ClientSaid(peer, message)),
             on_unreachable=lambda peer: self.feed(on.ClientUnreachable(peer)),
             on_new_peer=lambda peer, uid, pid: self.feed(on.ClientIdentified(peer, uid, pid)),
-            fd=sockets.get("front", -1),
+            fd=self._front_socket.duplicate(),
         )  # fmt: skip
         self._back = Router(
             self._context, directories.back, f.WORKER_TO_DAEMON, s.answer_max,
             lambda peer, message: self.feed(on.WorkerSaid(peer, message)),
             on_unreachable=lambda peer: None,  # its pidfd tells when it is gone; its HELLO when it is back
-            fd=sockets.get("back", -1),
+            fd=self._back_socket.duplicate(),
         )  # fmt: skip
-        for name in {"front", "back"} - set(sockets):
-            (directories.runtime / f"{name}.sock").chmod(0o660)
         self.machine = LocalMachine(
             self.kernel, self.node, self.feed, self.events, self._about(), ModelDirectory(directories.models),
-            directories.state / "limits",
+            directories.state / "limits", self.upgrade,
         )  # fmt: skip
         self.machine.counts += [
             lambda: dict(self._front.counts + self._back.counts),
-            lambda: {"faults": self._faults},
+            lambda: {"faults": self._kernel_loop.faults},
         ]
         self._control = ControlServer(self.machine, directories.control)
-        self._carry = self._carriers()
+        self._kernel_loop.carriers = self._carriers()
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -138,17 +151,26 @@ class Daemon:
         self._back.serve()
         self._front.serve()
         await self._control.start()
-        for number, what in ((signal.SIGTERM, self.stop), (signal.SIGINT, self.stop), (signal.SIGHUP, self._reload)):
-            self._loop.add_signal_handler(number, what)
+        self._loop.add_signal_handler(signal.SIGTERM, lambda: self._spawn_task(self._terminated()))
+        self._loop.add_signal_handler(signal.SIGINT, self.end, End.STOP)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        let_signals_through()
         notify.notify(f"READY=1\nSTATUS=serving {len(self.kernel.models())} models")
         if (every := notify.watchdog_s()) is not None:
             self._spawn_task(self._sign_of_life(every))
         return refused
 
-    async def run(self) -> None:
-        """Serve until `stop`, then end every worker in order, within the time that the settings allow."""
-        await self._stop.wait()
+    async def run(self) -> End:
+        """Serve until `end`. To stop is to end every worker in order, within the time that the settings allow."""
+        end = await self._ending
+        if end is End.UPGRADE:
+            notify.notify(_reloading() + "\nSTATUS=upgrading")
+            log.info("upgrading: the program is replaced")
+            return end
         notify.notify("STOPPING=1")
+        if end is End.LEAVE:
+            log.info("ends, and leaves the workers to the daemon that comes next")
+            return end
         log.info("stopping: ending all workers")
         self.feed(on.ShutDown())
         try:
@@ -156,70 +178,48 @@ class Daemon:
         except TimeoutError:
             left = [view.name for view in self.kernel.workers() if view.pid]
             log.error("these workers did not end in time and live on: %s", ", ".join(left))
+        return end
 
-    def stop(self) -> None:
-        self._stop.set()
+    def end(self, how: End) -> None:
+        if not self._ending.done():
+            self._ending.set_result(how)
 
-    async def close(self) -> None:
-        """Let go of everything that is open."""
+    async def _terminated(self) -> None:
+        """SIGTERM. systemd sends it to stop the service for good, and also to start it anew, as an update of a library
+        does; then the workers stay. Also where it does not say which: a worker that should go can still be ended."""
+        job = await asyncio.to_thread(notify.job_under_way)
+        self.end(End.STOP if job in (None, "stop") else End.LEAVE)
+
+    async def upgrade(self) -> str:
+        """Begin to replace this program by the one that is installed now; returns its version. Raises NotUpgraded."""
+        version = await asyncio.to_thread(upgrade.check)
+        failpoint("upgrade.checked")
+        self._loop.call_soon(self.end, End.UPGRADE)  # the answer goes out first
+        return version
+
+    async def close(self, *, keep: bool = False) -> Kept:
+        """Let go of everything that is open, but for what to `keep` for this process's next program."""
+        if keep:
+            hold_signals()
         await self._control.stop(_CONTROL_GRACE_S)
         for task in self._tasks:
             task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._kernel_loop.close()
         await self.node.close()
         self._clients.close()
         self._front.close()
         self._back.close()
         self._context.term()
-        if self._http is not None:
-            self._http.close()
-        for name in {"front", "back"} - set(self._passed):
-            (self._directories.runtime / f"{name}.sock").unlink(missing_ok=True)
-        os.close(self._lock)
+        if keep:
+            http = self._http.fileno() if self._http is not None and self._http.is_open else -1
+            front, back = self._front_socket.fileno(), self._back_socket.fileno()
+            return Kept(http=http, front=front, back=back, systemds=not self._front_socket.is_ours)
+        for one in (self._http, self._front_socket, self._back_socket):
+            if one is not None:
+                one.close()
+        return Kept()
 
-    # -- the loop around the kernel -------------------------------------------------------------------------
-
-    def feed(self, event: on.Event) -> None:
-        """Give the kernel an event and carry out what it answers. What that causes waits its turn: one at a time."""
-        self._inbox.append(event)
-        if self._handling:
-            return
-        self._handling = True
-        while self._inbox:
-            one = self._inbox.popleft()
-            try:
-                effects = self.kernel.handle(one, time.monotonic())
-            except Exception:  # a fault of ours costs this event, not the workers and everybody's requests
-                log.exception("the kernel failed on %s", type(one).__name__)
-                self._faults += 1
-                continue
-            for effect in effects:
-                try:
-                    self._carry[type(effect)](effect)
-                except Exception:  # likewise this effect, not those after it
-                    log.exception("%s could not be carried out", type(effect).__name__)
-                    self._faults += 1
-        self._handling = False
-        self._arm()
-
-    def _arm(self) -> None:
-        due = self.kernel.deadline()
-        if due is None:
-            return
-        # An early tick is harmless and cheaper than a new timer for each event.
-        when = self._loop.time() + max(0.0, due - time.monotonic())
-        if self._timer is not None:
-            # Not the handle's own `when`: uvloop's for a moment that is now has none.
-            if self._timer_at <= when:
-                return
-            self._timer.cancel()
-        self._timer_at = when
-        self._timer = self._loop.call_at(when, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        self.feed(on.Tick())
+    # -- effects --------------------------------------------------------------------------------------------
 
     def _carriers(self) -> dict[type[do.Effect], Callable[[Any], None]]:
         return {
@@ -268,7 +268,7 @@ class Daemon:
 
     def _reload(self) -> None:
         async def reload() -> None:
-            notify.notify(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
+            notify.notify(_reloading())
             applied, removed, refused = await self.machine.reload()
             log.info("reloaded: %d models, %d removed", len(applied), len(removed))
             for line in refused:
@@ -305,3 +305,8 @@ class Daemon:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _reloading() -> str:
+    """systemd waits for the next READY=1 (sd_notify(3))."""
+    return f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}"

@@ -42,6 +42,8 @@ NAMES: Final = {
     "adopt.read": "a record was read, and its process not yet taken over",
     "adopt.taken": "a process was taken over; the kernel does not know",
     "models.read": "the model files are being read, in a thread",
+    "upgrade.checked": "the new program has said that it works, and the old one still serves",
+    "upgrade.closed": "the old program has let go of everything; the new one is not there",
     "apply.kept": "a model is in force, and its file is not yet kept",
 }
 

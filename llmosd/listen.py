@@ -1,23 +1,36 @@
-"""The gateway's listening socket. For the daemon, which keeps it open, so that a restart of the gateway refuses nobody.
+"""The sockets that listen: opened here, passed on by systemd, or kept from this process's earlier program.
 
-A gateway outlives a crash of its daemon and goes on listening, on a socket that the next daemon cannot get at. So that
-one opens its own only when it has a gateway to start.
+They belong to the daemon, not to who serves on them, so that a restart of the gateway, or of the daemon's own program,
+refuses nobody: whoever connects meanwhile waits.
 """
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
 from llmosd.notify import listen_tcp
 
+#: Connections that may wait to be accepted; the kernel's own bound (net.core.somaxconn) is 4096 at most.
+_BACKLOG = 1024
+
 
 class HttpSocket:
-    """Opened when it is first asked for, unless it was passed on by systemd."""
+    """The gateway's. Opened when it is first asked for, unless it was given.
+
+    A gateway outlives a crash of its daemon and goes on listening, on a socket that the next daemon cannot get at. So
+    that one opens its own only when it has a gateway to start.
+    """
 
     def __init__(self, address: str, fd: int = -1) -> None:
         """`address`: ``host:port``. `fd`: a socket that listens already."""
         self._address = address
         self._socket = socket.socket(fileno=fd) if fd >= 0 else None
+
+    @property
+    def is_open(self) -> bool:
+        return self._socket is not None
 
     def fileno(self) -> int:
         """Raises OSError when the address cannot be listened on."""
@@ -41,3 +54,39 @@ class HttpSocket:
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
+
+
+class BusSocket:
+    """One of the bus's, at a path. ZeroMQ serves on a duplicate, for it closes what it is given."""
+
+    def __init__(self, path: Path, fd: int = -1, *, systemds: bool = False) -> None:
+        """`fd`: a socket that listens already; `systemds`: its path is systemd's to remove. Raises OSError."""
+        self._path = path
+        self._is_ours = not systemds
+        if fd >= 0:
+            self._socket = socket.socket(fileno=fd)
+            return
+        path.unlink(missing_ok=True)  # of a daemon that was killed: the runtime directory is held by us
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.bind(str(path))
+            path.chmod(0o660)
+            self._socket.listen(_BACKLOG)
+        except OSError:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def is_ours(self) -> bool:
+        return self._is_ours
+
+    def duplicate(self) -> int:
+        return os.dup(self._socket.fileno())
+
+    def close(self) -> None:
+        self._socket.close()
+        if self._is_ours:
+            self._path.unlink(missing_ok=True)

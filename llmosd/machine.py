@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from llmosd.control.eventlog import EventLog
-from llmosd.control.machine import About, CheckRow, DeviceRow, Refused, Used
+from llmosd.control.machine import About, CheckRow, DeviceRow, Gauge, Refused, Used
 from llmosd.declared import DeclarationError, convert
 from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
@@ -26,6 +26,7 @@ from llmosd.node.confine import Unenforceable
 from llmosd.node.devices import take_inventory
 from llmosd.node.node import Measured, Node
 from llmosd.programs import GATEWAY
+from llmosd.upgrade import NotUpgraded
 
 log = logging.getLogger("llmosd")
 
@@ -42,8 +43,9 @@ class LocalMachine:
         about: About,
         models: ModelDirectory,
         overrides: Path,
+        upgrade: Callable[[], Awaitable[str]],
     ) -> None:
-        """`overrides`: the directory of limits that operators set on models."""
+        """`overrides`: the directory of limits that operators set on models. `upgrade`: see `Daemon.upgrade`."""
         self.kernel = kernel
         self.events = events
         self.about = about
@@ -53,6 +55,7 @@ class LocalMachine:
         self._feed = feed
         self._models = models
         self._overrides = overrides
+        self._upgrade = upgrade
         self._files: dict[str, Path] = {}
         self._calls: dict[int, asyncio.Future[do.Replied]] = {}
         self._call = 0
@@ -87,6 +90,12 @@ class LocalMachine:
         """The kernel's answer to a command."""
         if (future := self._calls.pop(effect.call, None)) is not None and not future.done():
             future.set_result(effect)
+
+    async def upgrade(self) -> str:
+        try:
+            return await self._upgrade()
+        except NotUpgraded as error:
+            raise Refused("refused", str(error)) from None
 
     # -- models ---------------------------------------------------------------------------------------------
 
@@ -202,6 +211,28 @@ class LocalMachine:
         measured = self.node.measured.get(worker, Measured())
         usage = measured.usage
         return Used(measured.cpu_percent, usage.memory_bytes, usage.resident_bytes, usage.processes, usage.threads)
+
+    async def gauges(self, worker: str) -> dict[str, Gauge]:
+        counted = await self.node.counters(worker)
+        measured = self.node.measured.get(worker, Measured())
+        view = next((view for view in self.kernel.workers() if view.name == worker), None)
+        memory = Gauge(measured.usage.memory_bytes, measured.peak_memory_bytes)
+        tasks = Gauge(measured.usage.threads, measured.peak_threads)
+        if counted.memory_bytes is not None and self.enforcement("memory_max") != "watched":
+            memory = Gauge(counted.memory_bytes, counted.memory_peak_bytes)
+        if counted.tasks is not None and self.enforcement("tasks_max") != "watched":
+            tasks = Gauge(counted.tasks, counted.tasks_peak)
+        gauges = {
+            "memory_max": memory,
+            "memory_high": memory,
+            "tasks_max": tasks,
+            "cpu_quota": Gauge(measured.cpu_percent, measured.peak_cpu_percent),
+        }
+        if counted.swap_bytes is not None:
+            gauges["swap_max"] = Gauge(counted.swap_bytes, counted.swap_peak_bytes)
+        if view is not None:
+            gauges |= {"slots": Gauge(view.running), "queue_max": Gauge(view.queue)}
+        return gauges
 
     def log_file(self, worker: str) -> Path:
         return self.node.log_file(worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
 import queue
 import sys
 from pathlib import Path
@@ -12,12 +13,15 @@ import click
 import msgspec
 import uvloop
 
-from llmosd import __version__, notify, settings
-from llmosd.daemon import Daemon
+from llmosd import __version__, notify, settings, upgrade
+from llmosd.daemon import Daemon, End
 from llmosd.declared import DeclarationError
+from llmosd.failpoint import failpoint
 from llmosd.gateway.keys import Keys
 from llmosd.kernel.units import encode_quantity
-from llmosd.runtime import AlreadyRunning, raise_open_files
+from llmosd.node.confine.choice import NoSuchMaker, choose
+from llmosd.runtime import AlreadyRunning, daemon_name, hold, raise_open_files
+from llmosd.upgrade import Kept
 
 log = logging.getLogger("llmosd")
 
@@ -48,7 +52,8 @@ def config(directories: settings.Directories) -> None:
         read = _read(directories)
     except DeclarationError as error:
         sys.exit(f"llmosd: {error}")
-    shown = {"directories": {name: str(getattr(directories, name)) for name in directories.__struct_fields__}}
+    shown: dict[str, object] = {"version": __version__}
+    shown["directories"] = {name: str(getattr(directories, name)) for name in directories.__struct_fields__}
     shown |= msgspec.to_builtins(read, enc_hook=encode_quantity)
     click.echo(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
 
@@ -84,17 +89,30 @@ def _run(directories: settings.Directories) -> int:
     writer.start()
     raise_open_files()
     try:
-        return uvloop.run(_serve(directories, read))
+        done = uvloop.run(_serve(directories, read))
     finally:
         writer.stop()
-
-
-async def _serve(directories: settings.Directories, read: settings.Settings) -> int:
+    if isinstance(done, int):
+        return done
     try:
-        daemon = Daemon(directories, read)
-    except (AlreadyRunning, DeclarationError) as error:
+        failpoint("upgrade.closed")
+        upgrade.replace(done)
+    except OSError as error:
+        click.echo(f"llmosd: cannot be started again: {error}; the workers live on for the next daemon", err=True)
+        return 1
+
+
+async def _serve(directories: settings.Directories, read: settings.Settings) -> int | Kept:
+    """The exit status, or what to keep for the program that is to replace this one."""
+    kept = upgrade.taken_over()
+    try:
+        lock = hold(directories.runtime, kept.lock if kept is not None else -1)
+        maker = await choose(read.node.confinement, daemon_name(directories.runtime))
+        daemon = Daemon(directories, read, maker, kept)
+    except (AlreadyRunning, DeclarationError, NoSuchMaker, OSError) as error:
         click.echo(f"llmosd: {error}", err=True)
         return 1
+    end = End.STOP
     try:
         try:
             refused = await daemon.start()
@@ -106,7 +124,10 @@ async def _serve(directories: settings.Directories, read: settings.Settings) -> 
         about = daemon.machine.about
         log.info("llmosd %s serves %s%s", __version__, about.runtime_directory,
                  f" and {about.gateway_url}" if about.gateway_url else "")  # fmt: skip
-        await daemon.run()
+        end = await daemon.run()
     finally:
-        await daemon.close()
+        left_open = await daemon.close(keep=end is End.UPGRADE)
+    if end is End.UPGRADE:
+        return msgspec.structs.replace(left_open, lock=lock)
+    os.close(lock)
     return 0

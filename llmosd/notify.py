@@ -9,6 +9,8 @@ import importlib
 import logging
 import os
 import socket
+import subprocess
+from pathlib import Path
 from typing import Any, Final
 
 
@@ -19,6 +21,8 @@ def _import(name: str) -> Any:
         return None
 
 
+#: Seconds that systemctl has to answer while a stop waits for it.
+_SYSTEMCTL_S: Final = 10
 _daemon: Final = _import("systemd.daemon")
 
 
@@ -46,6 +50,27 @@ def watchdog_s() -> float | None:
     if _daemon is None or not microseconds.isdigit() or meant_for != str(os.getpid()):
         return None
     return int(microseconds) / 2e6
+
+
+def job_under_way() -> str | None:
+    """The job that systemd has for our unit: "stop", "restart", …; "" for none, or if that cannot be learnt.
+
+    None: systemd did not start this process. Blocks.
+    """
+    if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
+        return None
+    ours = [part for line in Path("/proc/self/cgroup").read_text().splitlines() for part in line.split("/")]
+    command = ["systemctl", "list-jobs", "--no-legend", "--no-pager", "--plain"]
+    try:
+        listed = subprocess.run(
+            [*command, *(["--user"] if os.geteuid() else [])],
+            capture_output=True, text=True, check=True, timeout=_SYSTEMCTL_S, stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    # Number, unit, type and state.
+    jobs = [line.split() for line in listed.splitlines()]
+    return next((job[2] for job in jobs if len(job) >= 3 and job[1].endswith(".service") and job[1] in ours), "")
 
 
 def passed_sockets() -> dict[str, int]:

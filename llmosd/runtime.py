@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import resource
 from pathlib import Path
@@ -23,12 +24,22 @@ def raise_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES[1], OPEN_FILES[1]))
 
 
+def restore_open_files() -> None:
+    """As it was when this process was started: a program that replaces this one is to find it so."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, OPEN_FILES)
+
+
 class AlreadyRunning(Exception):  # noqa: N818  # it is a statement of fact
     """Another daemon has this runtime directory."""
 
 
-def hold(runtime: Path) -> int:
-    """Hold the runtime directory for this process's life: a second bind would take the sockets' paths silently."""
+def hold(runtime: Path, kept: int = -1) -> int:
+    """Hold the runtime directory for this process's life: a second bind would take the sockets' paths silently.
+
+    `kept`: the descriptor by which this process's earlier program held it. Raises AlreadyRunning.
+    """
+    if kept >= 0:
+        return kept
     fd = os.open(runtime / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,6 +50,11 @@ def hold(runtime: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def daemon_name(runtime: Path) -> str:
+    """What tells this daemon's cgroup and processes from those of others on this machine: the same in each life."""
+    return f"llmosd-{hashlib.sha256(str(runtime).encode()).hexdigest()[:12]}"
 
 
 def ticket_key(runtime: Path) -> bytes:

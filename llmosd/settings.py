@@ -51,6 +51,9 @@ class Scheduler(Declared, frozen=True, kw_only=True):
 class Node(Declared, frozen=True, kw_only=True):
     """What the daemon keeps for itself and asks of this machine."""
 
+    confinement: Annotated[
+        Literal["auto", "systemd", "cgroup", "process"], doc("what confines workers; auto: the strongest there is")
+    ] = "auto"
     reserve_memory: Annotated[Bytes, doc("RAM that is not given to workers")] = Bytes(512 << 20)
     orphan_timeout: Annotated[Seconds, doc("without a daemon for this long, a worker ends")] = Seconds(300)
     stop_timeout: Annotated[Seconds, doc("for all workers, when the daemon is stopped")] = Seconds(60)

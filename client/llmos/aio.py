@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import signal as signals
+import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -27,12 +28,16 @@ from llmos import address as addresses
 from llmos import completions, types
 from llmos.answers import Pieces, completion, whole
 from llmos.bus import AsyncBus, Stream
-from llmos.errors import DeadlineExceeded, Invalid
+from llmos.errors import DaemonUnreachable, DeadlineExceeded, Invalid
 from llmos.following import DEAD_ENDS, FollowedLog, arrived, where
 from llmos.signals import signal_number
 
 if TYPE_CHECKING:
     from llmos.control import Control
+
+
+#: Seconds in which a new program must serve.
+UPGRADE_S: Final = 60.0
 
 
 class AsyncClient:
@@ -152,6 +157,22 @@ class AsyncClient:
     async def reload(self) -> types.Reloaded:
         """Have the daemon read models.d again."""
         return types.Reloaded.of(await self._call("Reload", "ReloadRequest"))
+
+    async def upgrade(self, *, timeout: float = UPGRADE_S) -> types.Status:
+        """Replace the daemon's program by the one that is installed now, and wait until that one serves.
+
+        Workers, streams and connections to the bus go on. Raises Refused when the new program does not work; the old
+        one then goes on.
+        """
+        asked_at = time.monotonic()
+        await self._call("Upgrade", "UpgradeRequest", repeatable=False)
+        while True:
+            status = await self.status()
+            if status.uptime < time.monotonic() - asked_at:
+                return status
+            if time.monotonic() > asked_at + timeout:
+                raise DaemonUnreachable(f"after {timeout:g} s the old program still serves. The daemon's log says why.")
+            await asyncio.sleep(0.05)
 
     # -- workers --------------------------------------------------------------------------------------------
     # `name` is a model's, an alias's or a worker's. These come back when the command is taken on; `wait` for the rest.

@@ -117,6 +117,9 @@ class Client:
     def reload(self) -> types.Reloaded:
         return self._run(self._aio.reload())
 
+    def upgrade(self) -> types.Status:
+        return self._run(self._aio.upgrade())
+
     def start(self, name: str) -> types.Command:
         return self._run(self._aio.start(name))
 

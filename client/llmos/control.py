@@ -36,6 +36,9 @@ _OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 
+#: The daemon has gone away in the middle: a server that shuts down cancels its calls.
+_CUT: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
 Message = Any  # protobuf messages: each method of AsyncClient knows which
 
 
@@ -61,7 +64,7 @@ class Control:
             try:
                 return await getattr(self._stub, method)(request, timeout=left, wait_for_ready=True)
             except grpc.aio.AioRpcError as error:
-                cut = error.code() is grpc.StatusCode.UNAVAILABLE
+                cut = error.code() in _CUT
                 if not (cut and repeatable and left > PAUSE_S):
                     raise self._explained(error, method, repeatable) from error
             await asyncio.sleep(PAUSE_S)
@@ -79,9 +82,7 @@ class Control:
                 if not again:
                     return
             except grpc.aio.AioRpcError as error:
-                # A server that shuts down cancels its streams.
-                cut = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-                if not (cut and again):
+                if not (error.code() in _CUT and again):
                     raise self._explained(error, method, repeatable=True) from error
             finally:
                 call.cancel()
@@ -99,7 +100,7 @@ class Control:
 
     def _explained(self, error: grpc.aio.AioRpcError, method: str, repeatable: bool) -> LlmosError:
         status, details = error.code(), error.details() or ""
-        if status is grpc.StatusCode.UNAVAILABLE and not repeatable:
+        if status in _CUT and not repeatable:
             return DaemonUnreachable(
                 f"the daemon went away during {method}, and nobody knows whether it was done. "
                 f"Look with `llmos ps`, and ask again if it was not."

@@ -145,6 +145,8 @@ class Limit(Result, frozen=True, kw_only=True):
     enforced_by: str
     used: str
     meaning: str
+    #: The most that was used in this life of the worker.
+    peak: str
 
 
 class WorkerLimits(Result, frozen=True, kw_only=True):

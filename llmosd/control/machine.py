@@ -25,6 +25,13 @@ class Used(msgspec.Struct, frozen=True):
     threads: int = 0
 
 
+class Gauge(msgspec.Struct, frozen=True):
+    """What of a limit is used, in the limit's own unit, and the most that was used in this life of the worker."""
+
+    used: float
+    peak: float | None = None
+
+
 class DeviceRow(msgspec.Struct, frozen=True):
     """A device, as `llmos devices` shows it."""
 
@@ -87,6 +94,9 @@ class Machine(Protocol):
     async def command(self, make: Callable[[int], on.Event]) -> do.Replied:
         """Give the kernel a command, made from a call number. Raises Refused."""
 
+    async def upgrade(self) -> str:
+        """Begin to replace the daemon's program by the one that is installed now; its version. Raises Refused."""
+
     async def apply(self, text: str, file_name: str) -> do.Replied:
         """Put a model file in force and keep it. Raises Refused."""
 
@@ -100,6 +110,9 @@ class Machine(Protocol):
         """Remember what was changed of a model's limits over a restart of the daemon. Raises Refused."""
 
     def used(self, worker: str) -> Used: ...
+
+    async def gauges(self, worker: str) -> dict[str, Gauge]:
+        """What of a worker's limits is used, by limit, measured as whoever enforces it does."""
 
     def enforcement(self, limit: str) -> str: ...
 

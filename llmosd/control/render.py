@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from llmos.v1 import control_pb2 as pb
-from llmosd.control.machine import Machine
+from llmosd.control.machine import Gauge, Machine
 from llmosd.kernel.spec import KERNEL_LIMITS, Limits
 from llmosd.kernel.units import Bytes
 from llmosd.kernel.views import ModelView, RequestView, WorkerView
 
 _SIMULATED = "simulated"
+_SIZES = frozenset({"memory_max", "memory_high", "swap_max"})
 _UP = frozenset({"starting", "loading", "adopted", "waking", "backoff"})
 
 
@@ -112,7 +114,9 @@ def request(view: RequestView, now: float) -> pb.Request:
     )
 
 
-def limits(configured: Limits, machine: Machine, view: WorkerView | None) -> list[pb.Limit]:
+def limits(
+    configured: Limits, machine: Machine, view: WorkerView | None, gauges: Mapping[str, Gauge] = {}
+) -> list[pb.Limit]:
     """Every limit with what is asked for, what is in force, by whom, and what of it is used."""
     rows = []
     for field in msgspec.structs.fields(Limits):
@@ -125,25 +129,18 @@ def limits(configured: Limits, machine: Machine, view: WorkerView | None) -> lis
                 configured=_text(getattr(configured, name)),
                 in_force=_text(in_force),
                 enforced_by=by,
-                used=_used(name, view, machine),
+                used=_measured(name, gauges[name].used) if name in gauges else "",
+                peak=_measured(name, gauges[name].peak) if name in gauges else "",
                 meaning=_meaning(field.type),
             )
         )
     return rows
 
 
-def _used(name: str, view: WorkerView | None, machine: Machine) -> str:
-    if view is None or not view.pid:
+def _measured(name: str, value: float | None) -> str:
+    if value is None:
         return ""
-    used = machine.used(view.name)
-    return {
-        "memory_max": str(Bytes(used.memory_bytes)),
-        "memory_high": str(Bytes(used.memory_bytes)),
-        "tasks_max": str(used.threads),
-        "cpu_quota": f"{used.cpu_percent:.0f}%",
-        "slots": str(view.running),
-        "queue_max": str(view.queue),
-    }.get(name, "")
+    return str(Bytes(value)) if name in _SIZES else f"{value:.0f}%" if name == "cpu_quota" else f"{value:.0f}"
 
 
 def _text(value: object) -> str:

@@ -118,6 +118,12 @@ class ControlService(pb_grpc.ControlServicer):
         applied, removed, refused = await self._machine.reload()
         return pb.ReloadResponse(applied=applied, removed=removed, refused=refused)
 
+    async def Upgrade(self, request: pb.UpgradeRequest, context: Any) -> pb.UpgradeResponse:  # noqa: N802
+        try:
+            return pb.UpgradeResponse(version=await self._machine.upgrade())
+        except Refused as refused:
+            return await _abort(context, refused)
+
     # -- workers --------------------------------------------------------------------------------------------
 
     def _workers(self, name: str, *, every: bool) -> list[WorkerView]:
@@ -195,7 +201,9 @@ class ControlService(pb_grpc.ControlServicer):
                 pb.WorkerLimits(
                     worker=view.name,
                     model=view.model,
-                    limits=render.limits(fleet.workers[view.name].limits, machine, view),
+                    limits=render.limits(
+                        fleet.workers[view.name].limits, machine, view, await machine.gauges(view.name)
+                    ),
                 )
                 for view in views
             ]

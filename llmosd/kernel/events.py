@@ -129,6 +129,14 @@ class OverLimit(Event, frozen=True):
     reason: str
 
 
+class Strained(Event, frozen=True):
+    """What holds a worker back, as a sentence: throttled, short of memory. Empty: nothing does any more."""
+
+    worker: str
+    incarnation: int
+    why: str
+
+
 class Counted(Event, frozen=True):
     """The node's devices: what can be given away."""
 

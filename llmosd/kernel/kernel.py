@@ -56,6 +56,7 @@ class Kernel:
             on.Exited: supervisor.exited,
             on.Emptied: supervisor.emptied,
             on.OverLimit: supervisor.over_limit,
+            on.Strained: supervisor.strained,
             on.Counted: supervisor.counted,
             on.ShutDown: lambda event, now: self.operators.shut_down(now),
             **{kind: self._commanded(command) for kind, command in self._commands().items()},

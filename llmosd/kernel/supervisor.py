@@ -66,7 +66,8 @@ class Supervisor:
         worker = self._alive(event.worker, event.incarnation)
         if worker is None:
             return
-        worker.exit_status = worker.last_exit = event.status
+        worker.exit_status = event.status
+        worker.last_exit = f"{event.status}: {event.detail}" if event.detail else str(event.status)
         worker.permanent = worker.spec.engine.hosted and event.status.code == EXIT_CANNOT_WORK
         worker.failure_reason = worker.failure_reason or event.detail
         cause = worker.failure_reason or str(event.status)
@@ -124,6 +125,12 @@ class Supervisor:
         worker.failure_reason, worker.faulted = event.reason, True
         if not self._fleet.fire(worker, Trigger.HUNG, now, event.reason):
             self._fleet.fire(worker, Trigger.STOP, now, event.reason)
+
+    def strained(self, event: on.Strained, now: float) -> None:
+        worker = self._alive(event.worker, event.incarnation)
+        if worker is not None and worker.strain != event.why:
+            worker.strain = event.why
+            self._out.append(do.Happened("strained" if event.why else "relieved", worker.name, event.why, worker.model))
 
     def counted(self, event: on.Counted, now: float) -> None:
         self._fleet.ledger.capacity = event.capacity

@@ -75,7 +75,7 @@ def of_worker(worker: Worker, model: Model, grant: Grant | None) -> WorkerView:
         kind=worker.spec.kind,
         driver=worker.spec.engine.driver,
         state=worker.state,
-        why=worker.why,
+        why="; ".join(filter(None, (worker.why, worker.strain if worker.pid else ""))),
         incarnation=worker.incarnation,
         pid=worker.pid,
         engine_pid=worker.engine_pid,
@@ -89,5 +89,5 @@ def of_worker(worker: Worker, model: Model, grant: Grant | None) -> WorkerView:
         state_since=worker.state_since,
         grant=grant or Grant(),
         limits=worker.limits,
-        last_exit=str(worker.last_exit or ""),
+        last_exit=worker.last_exit,
     )

@@ -46,6 +46,7 @@ class Worker:
         "state",
         "state_since",
         "stop_wanted",
+        "strain",
         "token",
         "unheard",
         "why",
@@ -61,6 +62,8 @@ class Worker:
         #: Why it is in this state, as a sentence for people.
         self.why = ""
         self.state_since = 0.0
+        #: What holds it back while it runs, as a sentence.
+        self.strain = ""
         #: Counts its lives: what is said of an earlier one is old news.
         self.incarnation = 0
         self.pid = 0
@@ -90,9 +93,9 @@ class Worker:
         #: The cause of this life's end, when it is known better than by its exit status.
         self.failure_reason = ""
         self.permanent = False
-        #: How this life ended, and how the last one that ended did.
+        #: How this life ended; and how the last one that ended did, with what is known of the cause.
         self.exit_status: ExitStatus | None = None
-        self.last_exit: ExitStatus | None = None
+        self.last_exit = ""
         #: Failures in a row, restarts in all, and when the recent starts were.
         self.failures = 0
         self.restarts = 0
@@ -115,7 +118,7 @@ class Worker:
         self.peer = self.token = b""
         self.stop_wanted = self.start_after = self.rested = False
         self.faulted = self.killed = self.permanent = self.unheard = False
-        self.failure_reason = ""
+        self.failure_reason = self.strain = ""
         self.exit_status = None
         self.progress = -1.0
         self.started_at, self.ready_at = now, 0.0

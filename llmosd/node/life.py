@@ -28,6 +28,7 @@ from llmosd.launch.reap import ended, reap
 from llmosd.node import records
 from llmosd.node.groups import Group
 from llmosd.node.records import Record
+from llmosd.node.strain import Strain, out_of_memory
 
 T = TypeVar("T")
 
@@ -71,6 +72,8 @@ class Life:
         self.group = group
         self.birth = birth
         self.pid = 0
+        #: What holds it back, by the node's last look.
+        self.strain = Strain()
         #: Called once the group is empty.
         self.on_empty: Callable[[], None] = lambda: None
         #: Its group is empty, and nothing of it is on record any more.
@@ -257,16 +260,19 @@ class Life:
         os.close(self._pidfd)
         self._pidfd = -1
         failpoint("exit.seen")
-        detail = await self._in_thread(self._last_words) if status != (0, None) else ""
+        detail = await self._in_thread(lambda: self._last_words(status[1])) if status != (0, None) else ""
         self._emit(on.Exited(self.worker, self.incarnation, ExitStatus(*status), detail))
         self._exited.set()
 
-    def _last_words(self) -> str:
-        """The host's record of how its engine ended, if it wrote one."""
+    def _last_words(self, signal_number: int | None) -> str:
+        """What is known of its end: the host's record of how its engine ended, or that the OOM killer took it."""
         try:
             return (self.birth.scratch / "engine-exit").read_text(errors="replace")[:1000]
         except OSError:
-            return ""
+            pass  # it wrote none
+        killed = self.group.counters().oom_kills - self.strain.oom_kills if signal_number == signal.SIGKILL else 0
+        record = self._record
+        return out_of_memory(killed, record.limits) if killed > 0 and record is not None else ""
 
     def _forget(self) -> None:
         with self._record_lock:

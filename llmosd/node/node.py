@@ -6,7 +6,6 @@ One `Life` a worker's life; here are the lives that are, those of an earlier dae
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import signal
 import time
@@ -25,9 +24,12 @@ from llmosd.kernel.spec import Limits
 from llmosd.launch.reap import adopt_orphans, children, reap_orphans
 from llmosd.node import records
 from llmosd.node.confine import Confinement
-from llmosd.node.groups import Groups, signal_process
+from llmosd.node.confine.choice import Maker
+from llmosd.node.counters import Counters
+from llmosd.node.groups import signal_process
 from llmosd.node.life import Birth, Life, Program
 from llmosd.node.records import Record
+from llmosd.node.strain import may_strain
 from llmosd.node.usage import CpuMeter, Usage, sample
 
 #: Seconds between two looks at what the workers use.
@@ -49,6 +51,10 @@ class Measured(msgspec.Struct, frozen=True):
     usage: Usage = Usage()
     #: Percent of one CPU since the look before.
     cpu_percent: float = 0.0
+    #: The most that any look at this life has shown.
+    peak_memory_bytes: int = 0
+    peak_threads: int = 0
+    peak_cpu_percent: float = 0.0
 
 
 class Look(NamedTuple):
@@ -58,6 +64,8 @@ class Look(NamedTuple):
     usage: Usage
     #: The limit that it passes, as a sentence; empty: none.
     over: str
+    #: What holds it back has changed.
+    strained: bool
 
 
 class Node:
@@ -65,17 +73,19 @@ class Node:
 
     def __init__(
         self,
+        name: str,
+        maker: Maker,
         runtime: Path,
         logs: Path,
         log_max_bytes: int,
-        confinement: Confinement,
         emit: Callable[[on.Event], None],
         warn: Callable[[str, str], None],
         program: Callable[[do.Spawn, Birth, Confinement], Program],
     ) -> None:
-        self.confinement = confinement
-        self.groups = Groups(f"llmosd-{hashlib.sha256(str(runtime).encode()).hexdigest()[:12]}")
+        """`name`: of this daemon on this machine."""
+        self.confinement, self.groups = maker
         self.measured: dict[str, Measured] = {}
+        self._name = name
         self._records = runtime / "workers"
         self._scratch = runtime / "scratch"
         self._logs = logs
@@ -116,9 +126,9 @@ class Node:
         # The first byte of a ZeroMQ identity must not be 0: those are libzmq's own.
         identity = b"\x01" + os.urandom(_IDENTITY_BYTES - 1)
         scratch = self._scratch / effect.worker
-        mark = self.groups.mark(effect.worker, effect.incarnation)
+        mark = self._mark(effect.worker, effect.incarnation)
         birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, self.log_file(effect.worker))
-        life = self._life(effect.worker, effect.incarnation, birth)
+        life = self._life(effect, birth)
         self._limits[effect.worker] = effect.limits
         try:
             program = self._program(effect, birth, self.confinement)
@@ -145,6 +155,11 @@ class Node:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
             self._spawn_task(self._freeze(life, effect.frozen))
 
+    async def counters(self, worker: str) -> Counters:
+        """What the kernel of the machine counts of a worker's group now."""
+        life = self._lives.get(worker)
+        return Counters() if life is None else await self._in_thread(life.group.counters)
+
     async def _freeze(self, life: Life, frozen: bool) -> None:
         try:
             await self._in_thread(lambda: life.group.freeze(frozen))
@@ -160,7 +175,7 @@ class Node:
     async def _confine(self, life: Life, limits: Limits, before: Limits | None) -> None:
         def apply() -> list[str]:
             pids = [life.pid, *(pid for pid in life.group.members() if pid != life.pid)]
-            return self.confinement.apply(pids, limits, before)
+            return life.group.limit(limits, before) + self.confinement.apply(pids, limits, before)
 
         for sentence in await self._in_thread(apply):
             self._warn(life.worker, sentence)
@@ -194,13 +209,13 @@ class Node:
         return adopted
 
     def _take_over(self, record: Record) -> on.Adopted | None:
-        mark = self.groups.mark(record.worker, record.incarnation)
+        mark = self._mark(record.worker, record.incarnation)
         birth = Birth(record.identity, record.token, mark, self._scratch / record.worker, self.log_file(record.worker))
         if record.boot_id != records.boot_id():
             records.remove(self._records, record.worker)
             return None
         failpoint("adopt.read")
-        group = self.groups.known(record)
+        group = self.groups.known(record, mark)
         life = Life(record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor)
         pidfd = records.open_process(record.pid, record.start_ticks)
         if pidfd is None:
@@ -232,7 +247,7 @@ class Node:
         while True:
             await asyncio.sleep(SAMPLE_S)
             await self._in_thread(lambda: reap_orphans(self._is_leader))
-            if self.groups.cgroup_base is None:
+            if not self.groups.exact:
                 await self._in_thread(self._kill_strays)
             lives = [life for life in self._lives.values() if life.pid]
             for start in range(0, len(lives), _LOOKED_AT_ONCE):
@@ -264,22 +279,37 @@ class Node:
                 # Cheap figures may count shared pages twice: look closely before anything is killed.
                 over = self.confinement.over_limit(limits, sample(life.group.members(), exact=True))
             _cap(life.birth.log_file, self._log_max_bytes)
-            looks.append(Look(life, usage, over))
+            strained = may_strain(limits) and life.strain.update(life.group.counters(), limits, time.monotonic())
+            looks.append(Look(life, usage, over, strained))
         return looks
 
     def _note(self, look: Look) -> None:
         life = look.life
         if self._lives.get(life.worker) is not life:
             return  # it ended meanwhile
-        meter = self._meters.setdefault(life.worker, CpuMeter())
-        self.measured[life.worker] = Measured(look.usage, meter.update(look.usage, time.monotonic()))
+        meter, before = self._meters.setdefault(life.worker, CpuMeter()), self.measured.get(life.worker, Measured())
+        cpu_percent = meter.update(look.usage, time.monotonic())
+        self.measured[life.worker] = Measured(
+            look.usage,
+            cpu_percent,
+            max(before.peak_memory_bytes, look.usage.memory_bytes),
+            max(before.peak_threads, look.usage.threads),
+            max(before.peak_cpu_percent, cpu_percent),
+        )
+        if look.strained:
+            self._emit(on.Strained(life.worker, life.incarnation, life.strain.why))
         if look.over:
             self._emit(on.OverLimit(life.worker, life.incarnation, look.over))
 
     # -- lives ----------------------------------------------------------------------------------------------
 
-    def _life(self, worker: str, incarnation: int, birth: Birth) -> Life:
-        group = self.groups.new(worker, incarnation)
+    def _mark(self, worker: str, incarnation: int) -> str:
+        """The value of MARK in a worker's environment: unique on this machine."""
+        return f"{self._name}/{worker}-{incarnation}"
+
+    def _life(self, effect: do.Spawn, birth: Birth) -> Life:
+        worker, incarnation = effect.worker, effect.incarnation
+        group = self.groups.new(worker, incarnation, birth.mark, effect.limits)
         return self._keep(Life(worker, incarnation, group, self._records, birth, self._emit, self._executor))
 
     def _keep(self, life: Life) -> Life:

@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from llmosd.launch.cgroup import cgroup_of, oom_kills
 from llmosd.launch.gate import HOPELESS, Gate, Order, SetUpError, inherited_environment
 from llmosd.launch.reap import reap
 from llmosd.worker.config import HostConfig
@@ -35,6 +36,8 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[str] = loop.create_future()
         self._pipe = -1
+        self._cgroup = cgroup_of("self")
+        self._oom_kills = oom_kills(self._cgroup)
 
     async def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
         """Run the engine's program. Raises EngineEnded with the reason."""
@@ -115,6 +118,8 @@ class EngineProcess:
                 break
         code, number = status
         how = f"was killed by {signal.Signals(number).name}" if number else f"exited with code {code}"
+        if number == signal.SIGKILL and oom_kills(self._cgroup) > self._oom_kills:
+            how = "was killed by the OOM killer: it ran out of memory"
         if not self._ended.done():
             self._ended.set_result(f"the engine {how}" + self._last_words())
 

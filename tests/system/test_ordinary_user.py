@@ -14,7 +14,8 @@ from engine_models import command, openai, simulated
 from machine import Machine, machine, wait_for
 
 from llmos.types import Worker
-from llmosd.node.groups import MARK, Groups, MarkedGroup
+from llmosd.node.groups import MARK
+from llmosd.node.marked import MarkedGroup
 from llmosd.node.records import start_ticks
 
 NOBODY = 65534
@@ -119,9 +120,7 @@ def test_a_group_whose_leaders_number_became_a_strangers_is_not_the_strangers() 
 
 
 def test_a_mark_finds_a_process_that_left_its_session_and_its_parents() -> None:
-    groups = Groups("llmosd-test-mark")
-    mark = groups.mark("sim@1", 7)
-    groups.close()
+    mark = "llmosd-test-mark/sim@1-7"
     marked = os.posix_spawn("/bin/sleep", ["sleep", "100"], {MARK: mark}, setsid=True)
     try:
         group = MarkedGroup(2**22 + 1, 1, mark)

@@ -201,7 +201,14 @@ class FakeControl(rpc.ControlServicer):
     def GetLimits(self, request: Any, context: Any) -> pb.GetLimitsResponse:
         self._called(context, "GetLimits")
         limits = [
-            pb.Limit(name=name, configured=value, in_force=value, enforced_by="process" if value else "", used="512M")
+            pb.Limit(
+                name=name,
+                configured=value,
+                in_force=value,
+                enforced_by="process" if value else "",
+                used="512M",
+                peak="700M",
+            )
             for name, value in self.limits.items()
         ]
         workers = self._named(context, request.name)

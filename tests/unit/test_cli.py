@@ -182,8 +182,8 @@ def test_kill_cancels_a_request(llmos: Llmos) -> None:
 @pytest.mark.usefixtures("daemon")
 def test_limits_are_shown_and_changed(llmos: Llmos) -> None:
     header, cpu_or_memory, *_ = llmos("limits", "gemma3-270m").out.splitlines()
-    assert header == "LIMIT       CONFIGURED  IN FORCE  ENFORCED BY  USED"
-    assert cpu_or_memory == "memory_max  1G          1G        process      512M"
+    assert header == "LIMIT       CONFIGURED  IN FORCE  ENFORCED BY  USED  PEAK"
+    assert cpu_or_memory == "memory_max  1G          1G        process      512M  700M"
     assert "memory_max  2G          2G" in llmos("limits", "gemma3-270m", "memory_max=2G").out
     (entry,) = llmos("limits", "gemma3-270m", "memory_max=", "-o", "json").json()
     assert (entry["worker"], entry["limits"][0]["configured"]) == ("gemma3-270m@1", "")

@@ -73,7 +73,9 @@ class Image(NamedTuple):
 def build() -> Image:
     """Build what is missing, and return where everything is. Raises CalledProcessError, or SystemExit for a tool."""
     CACHE.mkdir(exist_ok=True)
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [line for line in declared["optional-dependencies"]["systemd"] if not line.startswith("systemd-python")]
+    dependencies = [*declared["dependencies"], *extra]
     base = _cached(
         "base",
         [Path(__file__).read_bytes(), *(line.encode() for line in dependencies)],

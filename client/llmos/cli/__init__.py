@@ -20,8 +20,8 @@ from llmos.errors import LlmosError
 
 #: In the order in which help shows them. Each is a module here, with the command in `command`.
 VERBS: Final = (
-    "ps", "run", "models", "apply", "rm", "reload", "start", "stop", "restart", "reset", "kill", "limits", "logs",
-    "events", "top", "devices", "status", "doctor", "completion",
+    "ps", "run", "models", "apply", "rm", "reload", "upgrade", "start", "stop", "restart", "reset", "kill", "limits",
+    "logs", "events", "top", "devices", "status", "doctor", "completion",
 )  # fmt: skip
 
 

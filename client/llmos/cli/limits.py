@@ -43,8 +43,8 @@ async def command(client: AsyncClient, name: str, changes: tuple[str, ...], outp
 def _tables(found: Sequence[WorkerLimits]) -> str:
     parts = []
     for entry in found:
-        rows = [(x.name, x.configured, x.in_force, x.enforced_by, x.used) for x in entry.limits]
-        headers = ("LIMIT", "CONFIGURED", "IN FORCE", "ENFORCED BY", "USED")
+        rows = [(x.name, x.configured, x.in_force, x.enforced_by, x.used, x.peak) for x in entry.limits]
+        headers = ("LIMIT", "CONFIGURED", "IN FORCE", "ENFORCED BY", "USED", "PEAK")
         limits = table(headers, rows, cut="ENFORCED BY", width=terminal_width())
         heading = entry.worker or f"{entry.model}, for workers to come"
         parts.append(f"{clean(heading)}:\n{limits}" if len(found) > 1 or not entry.worker else limits)

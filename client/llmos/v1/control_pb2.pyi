@@ -145,6 +145,16 @@ class ReloadResponse(_message.Message):
     refused: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, applied: _Optional[_Iterable[str]] = ..., removed: _Optional[_Iterable[str]] = ..., refused: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class UpgradeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UpgradeResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    def __init__(self, version: _Optional[str] = ...) -> None: ...
+
 class CommandResponse(_message.Message):
     __slots__ = ("workers", "message")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -250,20 +260,22 @@ class KillRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., signal: _Optional[int] = ...) -> None: ...
 
 class Limit(_message.Message):
-    __slots__ = ("name", "configured", "in_force", "enforced_by", "used", "meaning")
+    __slots__ = ("name", "configured", "in_force", "enforced_by", "used", "meaning", "peak")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONFIGURED_FIELD_NUMBER: _ClassVar[int]
     IN_FORCE_FIELD_NUMBER: _ClassVar[int]
     ENFORCED_BY_FIELD_NUMBER: _ClassVar[int]
     USED_FIELD_NUMBER: _ClassVar[int]
     MEANING_FIELD_NUMBER: _ClassVar[int]
+    PEAK_FIELD_NUMBER: _ClassVar[int]
     name: str
     configured: str
     in_force: str
     enforced_by: str
     used: str
     meaning: str
-    def __init__(self, name: _Optional[str] = ..., configured: _Optional[str] = ..., in_force: _Optional[str] = ..., enforced_by: _Optional[str] = ..., used: _Optional[str] = ..., meaning: _Optional[str] = ...) -> None: ...
+    peak: str
+    def __init__(self, name: _Optional[str] = ..., configured: _Optional[str] = ..., in_force: _Optional[str] = ..., enforced_by: _Optional[str] = ..., used: _Optional[str] = ..., meaning: _Optional[str] = ..., peak: _Optional[str] = ...) -> None: ...
 
 class WorkerLimits(_message.Message):
     __slots__ = ("worker", "model", "limits")

@@ -64,6 +64,11 @@ class ControlStub:
                 request_serializer=llmos_dot_v1_dot_control__pb2.ReloadRequest.SerializeToString,
                 response_deserializer=llmos_dot_v1_dot_control__pb2.ReloadResponse.FromString,
                 _registered_method=True)
+        self.Upgrade = channel.unary_unary(
+                '/llmos.v1.Control/Upgrade',
+                request_serializer=llmos_dot_v1_dot_control__pb2.UpgradeRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_control__pb2.UpgradeResponse.FromString,
+                _registered_method=True)
         self.ListWorkers = channel.unary_unary(
                 '/llmos.v1.Control/ListWorkers',
                 request_serializer=llmos_dot_v1_dot_control__pb2.ListWorkersRequest.SerializeToString,
@@ -181,6 +186,15 @@ class ControlServicer:
 
     def Reload(self, request, context):
         """Reads models.d again. Files that are wrong are named in the answer; all others are in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Upgrade(self, request, context):
+        """Replaces the daemon's program by the one that is installed now: same process, workers and sockets. The answer comes
+        when it begins; the next Status with a smaller uptime is the new program's. FAILED_PRECONDITION: the new program
+        does not work, and nothing has changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -321,6 +335,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Reload,
                     request_deserializer=llmos_dot_v1_dot_control__pb2.ReloadRequest.FromString,
                     response_serializer=llmos_dot_v1_dot_control__pb2.ReloadResponse.SerializeToString,
+            ),
+            'Upgrade': grpc.unary_unary_rpc_method_handler(
+                    servicer.Upgrade,
+                    request_deserializer=llmos_dot_v1_dot_control__pb2.UpgradeRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_control__pb2.UpgradeResponse.SerializeToString,
             ),
             'ListWorkers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListWorkers,
@@ -560,6 +579,33 @@ class Control:
             '/llmos.v1.Control/Reload',
             llmos_dot_v1_dot_control__pb2.ReloadRequest.SerializeToString,
             llmos_dot_v1_dot_control__pb2.ReloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upgrade(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Control/Upgrade',
+            llmos_dot_v1_dot_control__pb2.UpgradeRequest.SerializeToString,
+            llmos_dot_v1_dot_control__pb2.UpgradeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,93 @@
+"""Replacing the daemon's program in place: new code in the same process, with its children and its open sockets.
+
+To everybody else it is a daemon that was killed and came back at once, only better: nobody is refused a connection
+meanwhile, and workers keep their parent. What the new program needs to know is in the environment, for one exec.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Final, NoReturn
+
+import msgspec
+
+from llmosd.runtime import restore_open_files
+
+#: Where a program finds what its predecessor kept open for it.
+VARIABLE: Final = "LLMOSD_KEPT"
+#: They wait while there is nobody to handle them.
+SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+#: Seconds in which a new program must be able to say that it works.
+_CHECK_S: Final = 60
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """Descriptors that go from one program to the next; -1: there is none."""
+
+    lock: int = -1
+    http: int = -1
+    front: int = -1
+    back: int = -1
+    #: The bus's sockets are systemd's.
+    systemds: bool = False
+
+
+class NotUpgraded(Exception):  # noqa: N818  # an answer, not a fault
+    """The new program cannot be started; nothing has changed. The text says why."""
+
+
+def taken_over() -> Kept | None:
+    """What the program before this one has kept; None: there was none."""
+    text = os.environ.pop(VARIABLE, "")
+    if not text:
+        return None
+    kept = msgspec.json.decode(text, type=Kept)
+    for fd in _descriptors(kept):
+        os.set_inheritable(fd, False)
+    return kept
+
+
+def check() -> str:
+    """Have the program that is installed now read its settings; returns its version. Blocks. Raises NotUpgraded."""
+    command = [*_command(), "config"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_S, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotUpgraded(f"llmosd cannot be started again: {error}") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise NotUpgraded(f"llmosd goes on as it is, for the program that would replace it fails: {last}")
+    try:
+        return str(msgspec.json.decode(done.stdout, type=dict[str, object])["version"])
+    except (msgspec.DecodeError, KeyError):
+        raise NotUpgraded(f"{' '.join(command)} does not print its settings: it is no llmosd") from None
+
+
+def hold_signals() -> None:
+    """From here on signals wait: for the new program, which lets them through once it handles them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def let_signals_through() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def replace(kept: Kept) -> NoReturn:
+    """Become the new program. Nothing but `kept` may be needed any more. Raises OSError."""
+    for fd in _descriptors(kept):
+        os.set_inheritable(fd, True)
+    restore_open_files()
+    command = _command()
+    os.execve(command[0], command, {**os.environ, VARIABLE: msgspec.json.encode(kept).decode()})
+
+
+def _command() -> list[str]:
+    """How this process was started: the same words find what is installed now."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def _descriptors(kept: Kept) -> list[int]:
+    return [fd for fd in (kept.lock, kept.http, kept.front, kept.back) if fd >= 0]

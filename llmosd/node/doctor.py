@@ -46,6 +46,8 @@ class Facts(msgspec.Struct, frozen=True):
     """What was found on a machine."""
 
     inventory: Inventory
+    #: The maker that confines workers.
+    maker: str
     #: Limits by who enforces them: "" is nobody.
     limits: dict[str, tuple[str, ...]]
     init: str
@@ -78,6 +80,7 @@ def look(inventory: Inventory, confinement: Confinement, runtime_directory: Path
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     return Facts(
         inventory=inventory,
+        maker=confinement.name,
         limits=limits,
         init=_text(root / "proc/1/comm") or "unknown",
         systemd_booted=(root / "run/systemd/system").is_dir(),  # sd_booted(3)
@@ -119,8 +122,11 @@ def diagnose(facts: Facts) -> list[Check]:
 
 
 def _systemd(facts: Facts) -> Check:
+    if facts.maker == "systemd":
+        return Check("systemd", "ok", "systemd runs this machine, and workers are scopes in llmos.slice")
     if facts.systemd_booted:
-        return Check("systemd", "ok", "systemd runs this machine")
+        message = f"systemd runs this machine, but workers are confined by {facts.maker}; the log says why at the start"
+        return Check("systemd", "limited", message, "pip install 'llmosd[systemd]', and [node] confinement = \"auto\"")
     message = f"PID 1 is {facts.init}: no scopes, no systemctl for workers"
     return Check("systemd", "missing", message, "boot with systemd, or start the container with systemd as its init")
 

@@ -62,6 +62,12 @@ def test_a_bare_machine_gets_advice_for_everything_it_lacks(here: Facts) -> None
     assert all(check.advice for check in diagnose(bare) if check.result != "ok")
 
 
+def test_systemd_that_is_there_and_not_used_is_told_from_one_that_is(here: Facts) -> None:
+    assert check(here, "systemd", systemd_booted=True, maker="systemd").result == "ok"
+    unused = check(here, "systemd", systemd_booted=True, maker="process")
+    assert (unused.result, "llmosd[systemd]" in unused.advice) == ("limited", True)
+
+
 def test_a_delegated_cgroup_v2_tree_is_ok_and_a_read_only_one_is_limited(here: Facts) -> None:
     delegated: dict[str, object] = {
         "cgroup_layout": "unified", "cgroup_directory": "/sys/fs/cgroup/a", "cgroup_writable": True,

@@ -44,9 +44,10 @@ test-vm: $(HAVE_DEV)  ## the service on a booted Debian 12, emulated: 4 minutes,
 	@$(BIN)/python tests/vm/image.py
 	@$(BIN)/pytest tests/vm $(ARGS)
 
-test-long: $(HAVE_DEV)  ## the daemon killed at every failpoint, and more seeds of the simulation: half an hour
+test-long: $(HAVE_DEV)  ## the daemon killed at every failpoint, chaos, more seeds, the booted machine: half an hour
 	@$(BIN)/pytest tests/long $(ARGS)
 	@LLMOS_SIM_SEEDS=60 $(BIN)/pytest tests/simulation $(ARGS)
+	@$(MAKE) test-vm ARGS='$(ARGS)'
 
 run: $(HAVE_DEMO)  ## a daemon in the foreground with that model, for exploring
 	@$(RUN) $(ARGS)

@@ -27,6 +27,7 @@ from llmosd.launch.gate import FIRST_GRANT, HOPELESS, Gate, Order, SetUpError
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
 from llmosd.node.groups import Group
+from llmosd.node.oomlog import OomLog
 from llmosd.node.records import Record
 from llmosd.node.strain import Strain, out_of_memory
 
@@ -65,7 +66,7 @@ class Life:
 
     def __init__(
         self, worker: str, incarnation: int, group: Group, directory: Path, birth: Birth,
-        emit: Callable[[on.Event], None], executor: Executor,
+        emit: Callable[[on.Event], None], executor: Executor, oom: OomLog,
     ) -> None:  # fmt: skip
         self.worker = worker
         self.incarnation = incarnation
@@ -81,6 +82,7 @@ class Life:
         self._directory = directory
         self._emit = emit
         self._executor = executor
+        self._oom = oom
         self._loop = asyncio.get_running_loop()
         self._pidfd = -1
         self._record: Record | None = None
@@ -270,9 +272,10 @@ class Life:
             return (self.birth.scratch / "engine-exit").read_text(errors="replace")[:1000]
         except OSError:
             pass  # it wrote none
-        killed = self.group.counters().oom_kills - self.strain.oom_kills if signal_number == signal.SIGKILL else 0
-        record = self._record
-        return out_of_memory(killed, record.limits) if killed > 0 and record is not None else ""
+        if signal_number != signal.SIGKILL or self._record is None:
+            return ""
+        counted = self.group.counters().oom_kills > self.strain.oom_kills
+        return out_of_memory(1, self._record.limits) if self._oom.took(self.pid) or counted else ""
 
     def _forget(self) -> None:
         with self._record_lock:

@@ -28,6 +28,7 @@ from llmosd.node.confine.choice import Maker
 from llmosd.node.counters import Counters
 from llmosd.node.groups import signal_process
 from llmosd.node.life import Birth, Life, Program
+from llmosd.node.oomlog import OomLog
 from llmosd.node.records import Record
 from llmosd.node.strain import may_strain
 from llmosd.node.usage import CpuMeter, Usage, sample
@@ -98,6 +99,7 @@ class Node:
         self._remains: dict[str, Life] = {}
         self._limits: dict[str, Limits] = {}
         self._meters: dict[str, CpuMeter] = {}
+        self._oom = OomLog()
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
         self._tasks: set[asyncio.Task[None]] = set()
         adopt_orphans()
@@ -115,6 +117,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.groups.close()
+        self._oom.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def log_file(self, worker: str) -> Path:
@@ -216,7 +219,9 @@ class Node:
             return None
         failpoint("adopt.read")
         group = self.groups.known(record, mark)
-        life = Life(record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor)
+        life = Life(
+            record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor, self._oom
+        )
         pidfd = records.open_process(record.pid, record.start_ticks)
         if pidfd is None:
             self._remains[record.worker] = life
@@ -279,7 +284,8 @@ class Node:
                 # Cheap figures may count shared pages twice: look closely before anything is killed.
                 over = self.confinement.over_limit(limits, sample(life.group.members(), exact=True))
             _cap(life.birth.log_file, self._log_max_bytes)
-            strained = may_strain(limits) and life.strain.update(life.group.counters(), limits, time.monotonic())
+            looks_on = may_strain(limits) or bool(life.strain.why)
+            strained = looks_on and life.strain.update(life.group.counters(), limits, time.monotonic())
             looks.append(Look(life, usage, over, strained))
         return looks
 
@@ -310,7 +316,7 @@ class Node:
     def _life(self, effect: do.Spawn, birth: Birth) -> Life:
         worker, incarnation = effect.worker, effect.incarnation
         group = self.groups.new(worker, incarnation, birth.mark, effect.limits)
-        return self._keep(Life(worker, incarnation, group, self._records, birth, self._emit, self._executor))
+        return self._keep(Life(worker, incarnation, group, self._records, birth, self._emit, self._executor, self._oom))
 
     def _keep(self, life: Life) -> Life:
         self._lives[life.worker] = life

@@ -24,8 +24,8 @@ from llmosd.node.systemd import Manager, Properties, SystemdError
 SLICE: Final = "llmos.slice"
 #: What systemd takes for "infinity" and for "not set".
 _NONE: Final = 2**64 - 1
-#: The version from which a scope has an OOMPolicy=. Before, systemd leaves scopes alone as we want it.
-_OOM_POLICY_SINCE: Final = 253
+#: The version from which systemd ends a scope that lost a process to the OOM killer, unless it is told otherwise.
+_OOM_POLICY_SINCE: Final = 251
 
 #: By limit: the property of systemd.resource-control(5).
 PROPERTIES: Final = {

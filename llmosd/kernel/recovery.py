@@ -145,7 +145,7 @@ class Recovery:
         elif request.next_seq > 0:
             self._fail(request, worker, now)
         elif request.losses + 1 >= self._params.losses_max:
-            self._fail(request, worker, now, f", as {request.losses} others before it; the request may be what kills them")
+            self._fail(request, worker, now, f", as {request.losses} others before it; it may be what kills them")
         else:
             request.losses += 1
             request.state = RequestState.READY

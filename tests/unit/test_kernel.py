@@ -131,7 +131,7 @@ def test_a_request_that_keeps_losing_its_workers_is_given_up() -> None:
         spawn = shell.only(do.Spawn)
         shell.ready(spawn)
     shell.ends(spawn)
-    assert "for the 3th time" in shell.failure().message
+    assert "as 2 others before it" in shell.failure().message
 
 
 def test_a_cancelled_request_ends_by_its_workers_word_or_by_its_workers_death() -> None:

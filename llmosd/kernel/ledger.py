@@ -173,13 +173,16 @@ class Ledger:
 
         Else the reason, as a sentence.
         """
+        if not exclusive and allowed_cpus is None:
+            return CpuSet()
         others = {name: grant for name, grant in self._grants.items() if name != owner}
         if exclusive:
             claims = {name: grant.claim() for name, grant in others.items()}
             allowed = None if allowed_cpus is None else frozenset(allowed_cpus)
             found = place(self._topology, exclusive, allowed, claims, held)
             return found if isinstance(found, str) else CpuSet(found)
-        if allowed_cpus is not None and self._topology.cpus & set(allowed_cpus):
+        assert allowed_cpus is not None
+        if self._topology.cpus & set(allowed_cpus):
             owners = [name for name, grant in others.items() if set(grant.cpus) & set(allowed_cpus)]
             taken = {cpu for name in owners for cpu in others[name].cpus}
             if not self._topology.cpus & set(allowed_cpus) - taken:

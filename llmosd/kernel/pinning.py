@@ -76,8 +76,10 @@ class Pinning:
         self._counted = self._counted or counted
         if not self._counted:
             return False
-        self._repack()
         pool = self._ledger.pool()
+        if pool is not None:
+            self._repack()
+            pool = self._ledger.pool()
         if pool == self._pool and not counted:
             return False
         self._pool = pool

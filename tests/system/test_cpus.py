@@ -68,7 +68,8 @@ def test_a_worker_with_a_cpu_of_its_own_is_alone_there_from_its_start_to_its_end
     # Shown as it is.
     worker = a_machine.worker("own@1")
     assert (worker.cpus, worker.cpu_set) == (1, str(mine))
-    assert str(mine) in a_machine.llmos("ps", "-o", "wide").stdout
+    header, *rows = a_machine.llmos("ps", "own", "-o", "wide").stdout.splitlines()
+    assert rows[0][header.index("OWN CPUS") :].split()[0] == str(mine)
     (cpus,) = [device for device in a_machine.client.devices().devices if device.kind == "cpu"]
     assert cpus.properties["exclusive:own@1"] == str(mine)
     for name, in_force in (("own@1", {mine}), ("shares@1", set(ALL) - {mine})):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.spec import Limits, ModelSpec
 from llmosd.kernel.units import CpuSet, encode_quantity
+from llmosd.kernel.views import WorkerView
 from llmosd.modelfile import ModelDirectory, parse, write_whole
 from llmosd.node import doctor
 from llmosd.node.confine import Unenforceable
@@ -104,7 +105,7 @@ class LocalMachine:
             spec = await asyncio.to_thread(parse, text, file_name)
         except DeclarationError as error:
             raise Refused("invalid", str(error)) from None
-        self.check_limits(spec.limits)
+        self._check_spec(spec)
         try:
             path = await asyncio.to_thread(self._models.place, spec.model)
         except DeclarationError as error:
@@ -138,7 +139,7 @@ class LocalMachine:
         applied, removed = [], []
         for name, (spec, path) in models.items():
             try:
-                self.check_limits(spec.limits)
+                self._check_spec(spec)
                 await self.command(lambda call, spec=spec: on.Apply(call, self.overridden(spec)))  # type: ignore[misc]
                 self._files[name] = path
                 applied.append(name)
@@ -163,6 +164,11 @@ class LocalMachine:
             self.node.confinement.check(limits)
         except Unenforceable as error:
             raise Refused("refused", f"limits: {error}") from None
+
+    def _check_spec(self, spec: ModelSpec) -> None:
+        self.check_limits(spec.limits)
+        if spec.resources.cpu_placement == "exclusive" and not self.enforcement("allowed_cpus"):
+            raise Refused("refused", "resources.cpu_placement: nothing on this machine can keep a worker on its CPUs")
 
     def enforcement(self, limit: str) -> str:
         return self.node.confinement.enforcement(limit)
@@ -255,6 +261,7 @@ class LocalMachine:
                     "packages": str(inventory.packages),
                     "cores": str(inventory.cores),
                     "threads": str(inventory.threads),
+                    **_own_cpus(workers, inventory.cpu_set),
                 },
             ),
             DeviceRow(
@@ -272,7 +279,17 @@ class LocalMachine:
             ),
         ]
         rows += [
-            DeviceRow("node", f"node{node.number}", f"NUMA node, CPUs {node.cpus}", node.memory_bytes, 0, 0)
+            DeviceRow(
+                kind="node",
+                id=f"node{node.number}",
+                name=f"NUMA node, CPUs {node.cpus}",
+                total=node.memory_bytes,
+                # By those who were started to prefer it.
+                reserved=sum(view.grant.memory_bytes for view in workers if view.grant.memory_node == node.number),
+                used=0,
+                workers=tuple(view.name for view in workers if set(view.grant.cpus) & set(node.cpus)),
+                properties=_own_cpus(workers, node.cpus),
+            )
             for node in inventory.numa_nodes
         ]
         free = {gpu.uuid: gpu.memory_bytes for gpu in ledger.free.gpus}
@@ -299,3 +316,10 @@ class LocalMachine:
 
         checks = await asyncio.to_thread(look)
         return [CheckRow(check.name, check.result, check.message, check.advice) for check in checks]
+
+
+def _own_cpus(workers: Sequence[WorkerView], cpus: CpuSet) -> dict[str, str]:
+    """Which of `cpus` are which worker's own, and which are shared; nothing where all are."""
+    own = {view.name: CpuSet(set(view.grant.cpus) & set(cpus)) for view in workers}
+    held = {f"exclusive:{name}": str(its) for name, its in own.items() if its}
+    return held | {"shared": str(CpuSet(set(cpus).difference(*own.values())))} if held else {}

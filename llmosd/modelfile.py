@@ -43,7 +43,12 @@ def _problems(spec: ModelSpec) -> list[str]:
         problems.append(f"scale.max: {spec.scale.max} is less than scale.min, {spec.scale.min}")
     if spec.resources.gpu_memory and not spec.resources.gpus:
         problems.append("resources.gpus: gpu_memory is asked for, on no GPU")
-    limits = spec.limits
+    limits, cpus = spec.limits, spec.resources.cpus
+    if spec.resources.cpu_placement == "exclusive":
+        if cpus < 1 or cpus != int(cpus):
+            problems.append(f"resources.cpus: exclusive CPUs are whole ones, at least 1; got {cpus:g}")
+        elif limits.allowed_cpus is not None and len(limits.allowed_cpus) < cpus:
+            problems.append(f"limits.allowed_cpus: {limits.allowed_cpus} has less than the {cpus:g} exclusive CPUs")
     if limits.memory_max is not None and limits.memory_high is not None and limits.memory_high > limits.memory_max:
         problems.append("limits.memory_high: is over memory_max")
     problems += [

@@ -12,6 +12,7 @@ from typing import Final
 
 from llmosd.gateway.config import GatewayConfig
 from llmosd.kernel import effects as do
+from llmosd.kernel.ledger import Grant
 from llmosd.kernel.spec import Command, ModelSpec, Restart, Scale, Timeouts
 from llmosd.kernel.units import Seconds
 from llmosd.launch.gate import FIRST_GRANT, Order, inherited_environment
@@ -61,7 +62,7 @@ class Programs:
             return self._gateway(marks, launch)
         if isinstance(spec.engine, Command):
             env = inherited_environment({**spec.engine.env, **marks, **_visible_gpus(effect)})
-            return Program(_order(launch, (*spec.engine.command, *spec.engine.args), env))
+            return Program(_order(launch, (*spec.engine.command, *spec.engine.args), env, grant=effect.grant))
         return self._host(effect, birth, launch, marks)
 
     def _gateway(self, marks: dict[str, str], launch: LaunchSettings) -> Program:
@@ -81,7 +82,6 @@ class Programs:
 
     def _host(self, effect: do.Spawn, birth: Birth, launch: LaunchSettings, marks: dict[str, str]) -> Program:
         spec, limits = effect.spec, effect.limits
-        threads = max(1, effect.grant.millicpus // 1000) if effect.grant.millicpus else _cpus(launch)
         base = _own_oom_score_adj() if launch.oom_score_adj is None else launch.oom_score_adj
         engine_oom = min(1000, base + ENGINE_OOM_SCORE)
         config = HostConfig(
@@ -92,7 +92,7 @@ class Programs:
             back_address=self._directories.back,
             engine=spec.engine,
             slots=limits.slots,
-            threads=threads,
+            threads=_threads(effect, launch),
             engine_order=Order(
                 argv=(), env={**marks, **_visible_gpus(effect)}, cwd=str(birth.scratch), oom_score_adj=engine_oom
             ),
@@ -105,10 +105,16 @@ class Programs:
         )
         env = inherited_environment({**marks, **_visible_gpus(effect)})
         argv = (*_PYTHON, "-m", "llmosd.worker")
-        return Program(_order(launch, argv, env, keep=(FIRST_GRANT,)), encode(config))
+        return Program(_order(launch, argv, env, keep=(FIRST_GRANT,), grant=effect.grant), encode(config))
 
 
-def _order(launch: LaunchSettings, argv: tuple[str, ...], env: dict[str, str], keep: tuple[int, ...] = ()) -> Order:
+def _order(
+    launch: LaunchSettings,
+    argv: tuple[str, ...],
+    env: dict[str, str],
+    keep: tuple[int, ...] = (),
+    grant: Grant | None = None,
+) -> Order:
     return Order(
         argv=argv,
         env=env,
@@ -117,6 +123,7 @@ def _order(launch: LaunchSettings, argv: tuple[str, ...], env: dict[str, str], k
         rlimits={"NOFILE": OPEN_FILES} | launch.rlimits,
         oom_score_adj=launch.oom_score_adj,
         cpu_affinity=launch.cpu_affinity,
+        memory_node=grant.memory_node if grant is not None else None,
         nice=launch.nice,
         ionice=launch.ionice,
         subreaper=True,
@@ -134,5 +141,12 @@ def _own_oom_score_adj() -> int:
     return int(Path("/proc/self/oom_score_adj").read_text())
 
 
-def _cpus(launch: LaunchSettings) -> int:
-    return len(launch.cpu_affinity or os.sched_getaffinity(0))
+def _threads(effect: do.Spawn, launch: LaunchSettings) -> int:
+    """Threads for the engine to compute with: one for each CPU of its own, for each CPU that it reserved, or for each
+    that it may run on. Counted once: no engine changes their number while it runs.
+    """
+    if effect.grant.cpus:
+        return len(effect.grant.cpus)
+    if effect.grant.millicpus:
+        return max(1, effect.grant.millicpus // 1000)
+    return len(effect.limits.allowed_cpus or launch.cpu_affinity or os.sched_getaffinity(0))

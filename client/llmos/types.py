@@ -112,6 +112,8 @@ class Worker(Result, frozen=True, kw_only=True):
     simulated: bool
     processes: int
     threads: int
+    #: CPUs of its own, as in "0-1,4"; empty: it shares.
+    cpu_set: str
 
 
 class Request(Result, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ import msgspec
 from llmos.v1 import control_pb2 as pb
 from llmosd.control.machine import Gauge, Machine
 from llmosd.kernel.spec import KERNEL_LIMITS, Limits
-from llmosd.kernel.units import Bytes
+from llmosd.kernel.units import Bytes, CpuSet
 from llmosd.kernel.views import ModelView, RequestView, WorkerView
 
 _SIMULATED = "simulated"
@@ -30,6 +30,7 @@ def worker(view: WorkerView, machine: Machine) -> pb.Worker:
         state=view.state,
         why=view.why,
         cpus=view.grant.millicpus / 1000,
+        cpu_set=str(CpuSet(view.grant.cpus)),
         memory_reserved_bytes=view.grant.memory_bytes,
         cpu_percent=used.cpu_percent,
         memory_bytes=used.memory_bytes,

@@ -51,7 +51,7 @@ class Demand:
         if any(w.state in _HOPE and not (w.held and w.state in _ENDING) for w in model.workers.values()):
             return ""
         if model.why:
-            never = fleet.ledger.could_ever_fit(model.spec.resources)
+            never = fleet.ledger.could_ever_fit(model.spec.resources, model.spec.limits.allowed_cpus)
             return f"{name} cannot be started on this machine: {never}" if never else ""
         for worker in model.workers.values():
             if worker.state in (State.FAILED, State.UNKILLABLE):
@@ -66,8 +66,8 @@ class Demand:
             fleet.short[worker.model] = None
             going = (State.STOPPING, State.DRAINING)
             leaving = [w for w in fleet.workers.values() if w.state in going and not w.start_after]
-            want = fleet.models[worker.model].spec.resources
-            for victim in victims(fleet.ledger, leaving, self._evictable(worker.model), want):
+            spec, idle = fleet.models[worker.model].spec, self._evictable(worker.model)
+            for victim in victims(fleet.ledger, leaving, idle, spec.resources, spec.limits.allowed_cpus):
                 fleet.end(victim, now, f"makes room for {worker.name}")
         return refusal
 

@@ -67,11 +67,12 @@ class Freeze(Effect, frozen=True):
 
 
 class Confine(Effect, frozen=True):
-    """Put new limits in force on a worker that runs."""
+    """Put new limits in force on a worker that runs, and on record with what it holds now."""
 
     worker: str
     incarnation: int
     limits: Limits
+    grant: Grant
 
 
 class WatchClient(Effect, frozen=True):

@@ -10,10 +10,17 @@ from collections.abc import Iterable
 
 from llmosd.kernel.ledger import Ledger
 from llmosd.kernel.spec import Resources
+from llmosd.kernel.units import CpuSet
 from llmosd.kernel.worker import Worker
 
 
-def victims(ledger: Ledger, leaving: Iterable[Worker], idle: Iterable[Worker], want: Resources) -> list[Worker]:
+def victims(
+    ledger: Ledger,
+    leaving: Iterable[Worker],
+    idle: Iterable[Worker],
+    want: Resources,
+    allowed_cpus: CpuSet | None = None,
+) -> list[Worker]:
     """Of `idle`, the workers to stop so that `want` fits once those `leaving` are gone too.
 
     None if what leaves is enough, and none if even all of them would not do.
@@ -23,8 +30,8 @@ def victims(ledger: Ledger, leaving: Iterable[Worker], idle: Iterable[Worker], w
         trial.release(worker.name)
     chosen: list[Worker] = []
     for worker in sorted(idle, key=lambda worker: (bool(worker.requests), worker.idle_since)):
-        if trial.fits(want):
+        if trial.fits(want, allowed_cpus):
             return chosen
         trial.release(worker.name)
         chosen.append(worker)
-    return chosen if trial.fits(want) else []
+    return chosen if trial.fits(want, allowed_cpus) else []

@@ -16,7 +16,8 @@ from llmosd.kernel import effects as do
 from llmosd.kernel.ledger import Capacity, Ledger
 from llmosd.kernel.lifecycle import ALIVE, Action, State, Trigger, step
 from llmosd.kernel.params import Params
-from llmosd.kernel.spec import KERNEL_LIMITS, Limits, ModelSpec
+from llmosd.kernel.pinning import Pinning
+from llmosd.kernel.spec import Limits, ModelSpec
 from llmosd.kernel.timers import Timers
 from llmosd.kernel.units import Seconds
 from llmosd.kernel.worker import Model, Worker
@@ -40,6 +41,7 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self.by_peer: dict[bytes, Worker] = {}
         self.ledger = Ledger(Capacity(0, 0), params.placement)
+        self.pinning = Pinning(self.ledger, self.workers, out)
         #: The devices are known. Nothing is started before, for what lives already must be adopted first.
         self.counted = False
         self.shutting_down = False
@@ -108,7 +110,8 @@ class Fleet:
         if action is Action.SPAWN:
             grant = self.ledger.grant_of(name)
             assert grant is not None, "a worker is started only with a reservation"
-            out.append(do.Spawn(name, life, worker.spec, worker.limits, grant))
+            worker.in_force, worker.on_record = self.pinning.limits(worker), grant
+            out.append(do.Spawn(name, life, worker.spec, worker.in_force, grant))
         elif action is Action.TERM:
             out.append(do.Signal(name, life, SIGTERM, stops=True))
         elif action is Action.KILL:
@@ -127,6 +130,7 @@ class Fleet:
             self.on_lost(worker, now)
         elif action is Action.RELEASE:
             self.ledger.release(name)
+            self.settle_cpus()
         elif action is Action.SCHEDULE_RESTART:
             self._timers.set(("state", name), worker.restart_at)
         else:
@@ -141,10 +145,11 @@ class Fleet:
         if not self.counted:
             return "waits until the devices are counted"
         spec = self.models[worker.model].spec
-        grant = self.ledger.reserve(worker.name, spec.resources)
+        grant = self.ledger.reserve(worker.name, spec.resources, spec.limits.allowed_cpus)
         if isinstance(grant, str):
             worker.why = f"waits for resources: {grant}"
             return grant
+        self.settle_cpus()
         worker.begin_life(spec, max(worker.incarnation, self.params.epoch) + 1, now)
         worker.starts = [*(at for at in worker.starts if at > now - spec.restart.interval), now]
         self.fire(worker, Trigger.START, now, "on its way")
@@ -181,10 +186,17 @@ class Fleet:
 
     def confine(self, worker: Worker, limits: Limits) -> None:
         """Put limits in force on a worker."""
-        changed = {name for name in limits.__struct_fields__ if getattr(limits, name) != getattr(worker.limits, name)}
         worker.limits, worker.slots = limits, limits.slots
-        if changed - KERNEL_LIMITS and worker.state in ALIVE:
-            self._out.append(do.Confine(worker.name, worker.incarnation, limits))
+        if self.ledger.allow(worker.name, limits.allowed_cpus):
+            self.settle_cpus()
+            self.touch_short()
+            self.pinning.warn(worker)
+        self.pinning.confine(worker)
+
+    def settle_cpus(self) -> None:
+        """Reservations or what they allow have changed: everybody on the CPUs that it may use."""
+        if self.pinning.settle():
+            self.touch_short()
 
     # -- what the requests say ------------------------------------------------------------------------------
 

@@ -194,6 +194,11 @@ class Operators:
     def set_limits(self, event: on.SetLimits, now: float) -> list[Worker]:
         model, workers, whole = self._find(event.name)
         _changed(model.spec.limits, event.changes)  # refuses as a whole, before anything is changed
+        for worker in workers if "allowed_cpus" in event.changes else ():
+            if why := self._fleet.ledger.why_not_allow(
+                worker.name, _changed(worker.limits, event.changes).allowed_cpus
+            ):
+                raise CommandError("refused", f"{worker.name} cannot be kept on these CPUs: {why}")
         if whole:
             model.spec = msgspec.structs.replace(model.spec, limits=_changed(model.spec.limits, event.changes))
         for worker in workers:

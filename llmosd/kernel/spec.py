@@ -48,7 +48,7 @@ class LlamaCpp(Engine, frozen=True, kw_only=True, tag="llamacpp"):
 
     weights: Annotated[str, doc("a GGUF file: absolute, or under the model store or beside this file")]
     context: Annotated[int, Meta(ge=8, description="tokens of context each request may use")] = 2048
-    threads: Annotated[Count, doc("threads that compute; 0: as many as CPUs are granted")] = 0
+    threads: Annotated[Count, doc("threads that compute; 0: as many as CPUs are granted when it starts")] = 0
     gpu_layers: Annotated[int, Meta(ge=-1, description="layers on the GPU; -1: as many as fit")] = 0
     embeddings: Annotated[bool, doc("serve /v1/embeddings instead of completions")] = False
     chat_template: Annotated[str, doc("a Jinja chat template, for weights that bring none")] = ""
@@ -111,6 +111,13 @@ class Resources(Declared, frozen=True, kw_only=True):
     """What the ledger reserves, whole or not at all, before the worker is started."""
 
     cpus: Annotated[float, Meta(ge=0, le=8192, description="CPUs")] = 0.0
+    cpu_placement: Annotated[
+        Literal["shared", "exclusive"],
+        doc(
+            "exclusive: whole CPUs of its own, on which no other worker runs; `cpus` must then be a whole number of at "
+            "least 1, and one CPU always stays shared"
+        ),
+    ] = "shared"
     memory: Annotated[Bytes, doc("RAM")] = Bytes(0)
     gpus: Annotated[Count, doc("GPUs that gpu_memory is spread over")] = 1
     gpu_memory: Annotated[Bytes, doc("GPU memory in all; the granted GPUs are in CUDA_VISIBLE_DEVICES")] = Bytes(0)
@@ -126,7 +133,7 @@ Files = Annotated[int, Meta(ge=16, le=1 << 30)]
 class Limits(Declared, frozen=True, kw_only=True):
     """What is enforced on a worker. Names and meaning are systemd's, in snake case; the last block is llmosd's own."""
 
-    allowed_cpus: Annotated[CpuSet | None, doc("CPUs it may run on")] = None
+    allowed_cpus: Annotated[CpuSet | None, doc("CPUs it may run on; exclusive ones are taken from these")] = None
     cpu_weight: Annotated[Weight | None, doc("share of CPU time against others; 100 is normal")] = None
     cpu_quota: Annotated[Percent | None, doc("most CPU time, in percent of one CPU")] = None
     memory_high: Annotated[Bytes | None, doc("above it, memory is reclaimed and the worker slowed")] = None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
@@ -46,6 +48,9 @@ class Supervisor:
         worker.pid, worker.peer, worker.token = event.pid, event.peer, event.token
         worker.heard_at = now
         self._fleet.by_peer[event.peer] = worker
+        # What has changed since its order was given.
+        self._fleet.pinning.confine(worker)
+        self._fleet.settle_cpus()
         if worker.killed:
             # Ended before it began: what was sent then found no process.
             self._out.append(do.KillGroup(worker.name, worker.incarnation))
@@ -95,7 +100,8 @@ class Supervisor:
             model.removed = True  # its file is gone: it is known until it is down
         worker = worker or fleet.add(model, event.worker)
         worker.begin_life(spec, event.incarnation, min(now, event.started_at))
-        worker.limits, worker.slots = event.limits, event.limits.slots
+        worker.in_force, worker.on_record, worker.slots = event.limits, event.grant, event.limits.slots
+        worker.limits = msgspec.structs.replace(event.limits, allowed_cpus=event.grant.allowed_cpus)
         worker.pid, worker.peer, worker.token = event.pid, event.peer, event.token
         worker.heard_at = now
         worker.unheard = spec.engine.hosted
@@ -116,6 +122,7 @@ class Supervisor:
                 fleet.fire(worker, Trigger.LOADED, now)
         if event.frozen and not fleet.fire(worker, Trigger.FREEZE, now, "frozen before the daemon started"):
             self._out.append(do.Freeze(worker.name, worker.incarnation, False))  # or it could not end
+        fleet.settle_cpus()
         fleet.touch(model)
 
     def over_limit(self, event: on.OverLimit, now: float) -> None:
@@ -135,6 +142,7 @@ class Supervisor:
     def counted(self, event: on.Counted, now: float) -> None:
         self._fleet.ledger.capacity = event.capacity
         self._fleet.counted = True
+        self._fleet.pinning.settle(counted=True)
         for model in self._fleet.models.values():
             self._fleet.touch(model)
 

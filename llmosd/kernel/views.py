@@ -30,6 +30,7 @@ class WorkerView(msgspec.Struct, frozen=True):
     ready_at: float
     state_since: float
     grant: Grant
+    #: In force.
     limits: Limits
     last_exit: str
 
@@ -88,6 +89,6 @@ def of_worker(worker: Worker, model: Model, grant: Grant | None) -> WorkerView:
         ready_at=worker.ready_at,
         state_since=worker.state_since,
         grant=grant or Grant(),
-        limits=worker.limits,
+        limits=worker.in_force,
         last_exit=worker.last_exit,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmosd.kernel.ledger import Grant
 from llmosd.kernel.lifecycle import State
 from llmosd.kernel.requests import Request
 from llmosd.kernel.restart import ExitStatus
@@ -22,12 +23,14 @@ class Worker:
         "heard_at",
         "held",
         "idle_since",
+        "in_force",
         "incarnation",
         "killed",
         "last_exit",
         "limits",
         "model",
         "name",
+        "on_record",
         "peer",
         "permanent",
         "pid",
@@ -57,7 +60,10 @@ class Worker:
         self.model = model
         #: What it was started with; its model's may have changed since.
         self.spec = spec
+        #: What is asked for. What the node was last told besides: other CPUs, where somebody has some of its own.
         self.limits: Limits = spec.limits
+        self.in_force: Limits = spec.limits
+        self.on_record: Grant | None = None
         self.state = State.STOPPED
         #: Why it is in this state, as a sentence for people.
         self.why = ""

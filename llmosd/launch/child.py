@@ -22,6 +22,10 @@ PR_SET_CHILD_SUBREAPER = 36
 IOPRIO_WHO_PROCESS = 1
 IOPRIO_CLASS_SHIFT = 13
 SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
+#: asm/unistd_64.h, and asm-generic/unistd.h for the others.
+SYS_SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237, "riscv64": 237}
+#: include/uapi/linux/mempolicy.h
+MPOL_PREFERRED = 1
 NOT_STARTED = 125
 #: Python ignores these when it starts, and an exec keeps what is ignored.
 IGNORED_BY_PYTHON = (_signal.SIGPIPE, _signal.SIGXFSZ)
@@ -105,6 +109,23 @@ def set_ionice(value: "list[int]") -> None:
     check(libc().syscall(call, IOPRIO_WHO_PROCESS, 0, io_class << IOPRIO_CLASS_SHIFT | level))
 
 
+def prefer_memory_of(node: int) -> None:
+    """set_mempolicy(2); an exec and what it starts keep it.
+
+    Only a preference, so nothing to fail for: a container may forbid the call, and a node may be without memory. What
+    is left then is the kernel's own policy, the memory nearest to the CPU, which comes to the same on the CPUs given.
+    """
+    call = SYS_SET_MEMPOLICY.get(os.uname().machine)
+    if call is not None:
+        import ctypes
+
+        bits = ctypes.sizeof(ctypes.c_ulong) * 8
+        mask = (ctypes.c_ulong * (node // bits + 1))()
+        mask[node // bits] = 1 << node % bits
+        # The kernel takes one bit less than it is told.
+        libc().syscall(call, MPOL_PREFERRED, mask, ctypes.c_ulong(bits * len(mask) + 1))
+
+
 def set_user(user: "dict[str, Any]") -> None:
     """Groups first, the user last: after that there is no way back, and a failure ends the launch."""
     os.setgroups(user["groups"])
@@ -149,6 +170,7 @@ STEPS = (
     ("rlimits", set_rlimits),
     ("oom_score_adj", set_oom_score_adj),
     ("cpu_affinity", lambda cpus: os.sched_setaffinity(0, cpus)),
+    ("memory_node", prefer_memory_of),
     ("nice", lambda value: os.setpriority(os.PRIO_PROCESS, 0, value)),
     ("ionice", set_ionice),
     ("subreaper", lambda value: prctl(PR_SET_CHILD_SUBREAPER, int(value))),

@@ -55,6 +55,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     rlimits: dict[str, tuple[int, int]] | None = None
     oom_score_adj: int | None = None
     cpu_affinity: tuple[int, ...] | None = None
+    #: The NUMA node whose memory is preferred.
+    memory_node: int | None = None
     nice: int | None = None
     #: I/O scheduling class and level.
     ionice: tuple[int, int] | None = None

@@ -13,19 +13,11 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from llmosd.kernel.cpus import Cpu
 from llmosd.kernel.ledger import Capacity
 from llmosd.kernel.placement import Gpu
 from llmosd.kernel.units import Bytes, CpuSet
 from llmosd.node.gpu import Gpus, take_gpus
-
-
-class Cpu(msgspec.Struct, frozen=True):
-    """A logical CPU, which is a hardware thread, and where it sits. -1: unknown."""
-
-    number: int
-    package: int = -1
-    core: int = -1
-    numa_node: int = -1
 
 
 class NumaNode(msgspec.Struct, frozen=True):
@@ -81,7 +73,7 @@ class Inventory(msgspec.Struct, frozen=True):
         for device in self.gpus.devices:
             parts = device.slices if device.mig_enabled else (device,)
             gpus += [Gpu(part.uuid, part.memory_bytes) for part in parts]
-        return Capacity(millicpus, max(0, self.memory_bytes - reserve_memory_bytes), tuple(gpus))
+        return Capacity(millicpus, max(0, self.memory_bytes - reserve_memory_bytes), tuple(gpus), self.cpus)
 
 
 def take_inventory(root: Path = Path("/")) -> Inventory:

@@ -22,7 +22,9 @@ import msgspec
 from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
+from llmosd.kernel.ledger import Grant
 from llmosd.kernel.restart import ExitStatus
+from llmosd.kernel.spec import Limits
 from llmosd.launch.gate import FIRST_GRANT, HOPELESS, Gate, Order, SetUpError
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
@@ -87,6 +89,8 @@ class Life:
         self._pidfd = -1
         self._record: Record | None = None
         self._record_lock = threading.Lock()
+        #: Changes of its limits take their turns: the last one that was asked for is the last one made.
+        self.confining = asyncio.Lock()
         self._settled = asyncio.Event()
         self._exited = asyncio.Event()
         self._killer: asyncio.Task[None] | None = None
@@ -238,9 +242,9 @@ class Life:
         self.emptied.set()
         self.on_empty()
 
-    def note_limits(self, limits: object) -> None:
-        """Limits were changed while it runs: on record, for the next daemon."""
-        self._spawn_task(self._in_thread(lambda: self._write(limits=limits)))
+    async def note_limits(self, limits: Limits, grant: Grant) -> None:
+        """Limits, or what it holds, were changed while it runs: on record, for the next daemon."""
+        await self._in_thread(lambda: self._write(limits=limits, grant=grant))
 
     def _write(self, **changes: object) -> None:
         with self._record_lock:

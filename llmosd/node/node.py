@@ -172,16 +172,19 @@ class Node:
     def confine(self, effect: do.Confine) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
             before, self._limits[effect.worker] = self._limits.get(effect.worker), effect.limits
-            life.note_limits(effect.limits)
-            self._spawn_task(self._confine(life, effect.limits, before))
+            self._spawn_task(self._confine(life, effect, before))
 
-    async def _confine(self, life: Life, limits: Limits, before: Limits | None) -> None:
+    async def _confine(self, life: Life, effect: do.Confine, before: Limits | None) -> None:
+        limits = effect.limits
+
         def apply() -> list[str]:
             pids = [life.pid, *(pid for pid in life.group.members() if pid != life.pid)]
             return life.group.limit(limits, before) + self.confinement.apply(pids, limits, before)
 
-        for sentence in await self._in_thread(apply):
-            self._warn(life.worker, sentence)
+        async with life.confining:
+            await life.note_limits(limits, effect.grant)
+            for sentence in await self._in_thread(apply):
+                self._warn(life.worker, sentence)
 
     # -- adoption -------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import msgspec
 from llmosd.kernel import events as on
 from llmosd.kernel.restart import ExitStatus
 from llmosd.kernel.spec import ModelSpec
+from llmosd.kernel.units import CpuSet
 from tests.simulation.models import MODELS
 
 if TYPE_CHECKING:
@@ -101,7 +102,11 @@ def _operate(world: World) -> None:
             if not world.command(on.Kill, name, int(signal.SIGSTOP)).refusal:
                 clock.after(clock.between(0.1, 12), _again, world, on.Kill, name, int(signal.SIGCONT))
         case 7:
-            changes = chance.choice([{"slots": 1}, {"slots": 3}, {"cpu_weight": 50}, {"slots": None}, {"slots": -1}])
+            changes = chance.choice(
+                [{"slots": 1}, {"slots": 3}, {"cpu_weight": 50}, {"slots": None}, {"slots": -1}, {"allowed_cpus": None}]
+            )
+            if clock.happens(0.5):
+                changes = {"allowed_cpus": CpuSet(chance.sample(range(6), chance.randint(1, 4)))}
             world.command(on.SetLimits, name, changes)
         case 8:
             _edit(world)
@@ -136,8 +141,9 @@ def _edit(world: World) -> None:
         env = {"EDITED": str(chance.randrange(3))}
         spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, env=env))
     elif change == 1:
-        slots = chance.choice([1, 2, 4])
-        spec = msgspec.structs.replace(spec, limits=msgspec.structs.replace(spec.limits, slots=slots))
+        slots, cpus = chance.choice([1, 2, 4]), chance.choice([None, CpuSet((1, 2)), CpuSet((0, 3, 4))])
+        limits = msgspec.structs.replace(spec.limits, slots=slots, allowed_cpus=cpus)
+        spec = msgspec.structs.replace(spec, limits=limits)
     else:
         scale = msgspec.structs.replace(spec.scale, max=chance.choice([1, 2, 3]))
         spec = msgspec.structs.replace(spec, scale=scale)

@@ -9,6 +9,7 @@ import msgspec
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 from llmosd.kernel.kernel import Kernel
+from llmosd.kernel.ledger import Grant
 from llmosd.kernel.lifecycle import ALIVE, State
 from llmosd.kernel.requests import OPEN, RequestState
 
@@ -22,6 +23,7 @@ PATIENT = frozenset({State.STOPPED, State.FAILED, State.READY, State.FROZEN, Sta
 
 def check(world: World, kernel: Kernel) -> None:
     check_ledger(kernel)
+    check_cpus(world, kernel)
     check_workers(kernel)
     check_requests(kernel)
     check_dispatch(kernel)
@@ -118,7 +120,31 @@ def check_processes(world: World, kernel: Kernel) -> None:
     alive = {(w.name, w.incarnation) for w in kernel.fleet.workers.values() if w.state in ALIVE}
     assert alive == set(groups), f"workers {sorted(alive)}, processes {sorted(groups)}"
     for group in groups.values():
-        assert kernel.fleet.ledger.grant_of(group.worker) == group.grant
+        worker = kernel.fleet.workers[group.worker]
+        if worker.pid:  # else it is told once it is there
+            assert kernel.fleet.ledger.grant_of(group.worker) == group.grant
+            assert worker.in_force.allowed_cpus == group.limits.allowed_cpus
+
+
+def check_cpus(world: World, kernel: Kernel) -> None:
+    """No CPU is two workers' own, nobody runs on another's, and one is always shared."""
+    if not kernel.fleet.counted:
+        return
+    ledger, owner_of = kernel.fleet.ledger, dict[int, str]()
+    for worker in kernel.fleet.workers.values():
+        for cpu in (ledger.grant_of(worker.name) or Grant()).cpus:
+            assert owner_of.setdefault(cpu, worker.name) == worker.name, f"CPU {cpu} is two workers' own"
+    everywhere = {cpu.number for cpu in ledger.capacity.cpus}
+    assert everywhere - set(owner_of), "no CPU is shared"
+    for group in world.node.groups.values():
+        worker = kernel.fleet.workers[group.worker]
+        # One that is not spawned yet waits at its gate.
+        cpus = everywhere if group.limits.allowed_cpus is None else set(group.limits.allowed_cpus)
+        strangers = {owner_of[cpu] for cpu in cpus if cpu in owner_of} - {worker.name}
+        assert not (worker.pid and strangers), f"{worker.name} runs on the CPUs of {strangers}"
+        assert cpus, f"{worker.name} may run nowhere"
+    moved = [name for name, worker in kernel.fleet.workers.items() if worker.pid and worker.state is State.READY]
+    assert not ledger.copy().repack(moved), "somebody could sit better"
 
 
 def check_to_client(world: World, effect: do.ToClient) -> None:

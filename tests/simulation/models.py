@@ -12,21 +12,22 @@ from llmosd.kernel.spec import (
     Simulated,
     Timeouts,
 )
-from llmosd.kernel.units import Bytes, Seconds
+from llmosd.kernel.units import Bytes, CpuSet, Seconds
 
 GIB = 1 << 30
 _TIMES = Timeouts(start=Seconds(3), load=Seconds(5), drain=Seconds(8), stop=Seconds(2), silence=Seconds(8))
 
 
 def _model(
-    name: str, resources: Resources, *, slots: int, least: int = 0, most: int = 1, burst: int = 0, idle: float = 5
-) -> ModelSpec:
+    name: str, resources: Resources, *, slots: int, least: int = 0, most: int = 1, burst: int = 0, idle: float = 5,
+    allowed: CpuSet | None = None,
+) -> ModelSpec:  # fmt: skip
     return ModelSpec(
         model=name,
         engine=Simulated(),
         aliases=(f"{name}-alias",),
         resources=resources,
-        limits=Limits(slots=slots, queue_max=12, request_timeout=Seconds(0)),
+        limits=Limits(slots=slots, queue_max=12, request_timeout=Seconds(0), allowed_cpus=allowed),
         scale=Scale(min=least, max=most, idle_timeout=Seconds(idle)),
         restart=Restart(delay=Seconds(0.1), delay_max=Seconds(2), burst=burst, interval=Seconds(20)),
         timeouts=_TIMES,
@@ -39,6 +40,9 @@ MODELS = {
         _model("small", Resources(cpus=1), slots=2, most=2, idle=0),
         _model("kept", Resources(cpus=1), slots=1, least=1, burst=3),
         _model("large", Resources(cpus=3, memory=Bytes(6 * GIB)), slots=4, idle=0),
+        _model("own", Resources(cpus=1, cpu_placement="exclusive"), slots=2, most=2),
+        _model("own-core", Resources(cpus=2, cpu_placement="exclusive"), slots=2, most=2, idle=0),
+        _model("bound", Resources(), slots=2, idle=3, allowed=CpuSet((0, 4))),
         _model("gpu", Resources(gpus=2, gpu_memory=Bytes(10 * GIB)), slots=3),
         _model("other-gpu", Resources(gpus=1, gpu_memory=Bytes(5 * GIB)), slots=2, most=2),
         ModelSpec(

@@ -67,7 +67,7 @@ class Node:
                 if group.host is not None:
                     group.host.freeze(effect.frozen)
             else:
-                group.limits = effect.limits
+                group.limits, group.grant = effect.limits, effect.grant
 
     def _spawn(self, effect: do.Spawn) -> None:
         self._pids += 1

@@ -11,6 +11,7 @@ from collections import Counter
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
+from llmosd.kernel.cpus import Cpu
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.ledger import Capacity
 from llmosd.kernel.params import Params
@@ -24,7 +25,9 @@ from tests.simulation.network import Connection, Faults, Frames
 from tests.simulation.node import Node
 
 GIB = 1 << 30
-CAPACITY = Capacity(4000, 8 * GIB, (Gpu("GPU-0", 8 * GIB), Gpu("GPU-1", 8 * GIB)))
+#: Two NUMA nodes, each of a core with two hardware threads and one with one: 0,4 1 | 2,5 3.
+CPUS = (Cpu(0, 0, 0, 0), Cpu(1, 0, 1, 0), Cpu(2, 1, 0, 1), Cpu(3, 1, 1, 1), Cpu(4, 0, 0, 0), Cpu(5, 1, 0, 1))
+CAPACITY = Capacity(6000, 8 * GIB, (Gpu("GPU-0", 8 * GIB), Gpu("GPU-1", 8 * GIB)), CPUS)
 
 
 class World:

@@ -47,7 +47,7 @@ class FakeControl(rpc.ControlServicer):
             for worker in (
                 _worker("gemma3-270m@1", "gemma3-270m", "ready", pid=4711, engine_pid=4712, slots_used=2, queue=1,
                         memory_bytes=536870912, memory_resident_bytes=600000000, cpu_percent=93.25, uptime=134.5,
-                        restarts=1, last_exit="killed by KILL", processes=2, threads=9),
+                        restarts=1, last_exit="killed by KILL", processes=2, threads=9, cpu_set="0-1"),
                 _worker("bad@1", "bad", "failed", why="the engine ended with status 1\x1b[31m before it was ready"),
                 _worker("sim@1", "sim", "stopped", simulated=True),
             )

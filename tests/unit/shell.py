@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import TypeVar
 
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
+from llmosd.kernel.cpus import Cpu
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.ledger import Capacity
 from llmosd.kernel.params import Params
@@ -35,11 +37,14 @@ def spec(
 
 
 class Shell:
-    """A kernel on a machine of 4 CPUs, and the effects of the last event."""
+    """A kernel on a machine of 4 CPUs, or of those given, and the effects of the last event."""
 
-    def __init__(self, *specs: ModelSpec, epoch: int = 1000, counted: bool = True, now: float = 100.0) -> None:
+    def __init__(
+        self, *specs: ModelSpec, epoch: int = 1000, counted: bool = True, now: float = 100.0, cpus: Iterable[Cpu] = ()
+    ) -> None:
         self.kernel = Kernel(Params(epoch=epoch, seed=1, ticket_key=b"key"))
         self.now = now
+        self.cpus = tuple(cpus)
         self.effects: list[do.Effect] = []
         self.calls = itertools.count(1)
         self.everything: list[do.Effect] = []
@@ -49,7 +54,7 @@ class Shell:
             self.count()
 
     def count(self) -> list[do.Effect]:
-        return self.tell(on.Counted(Capacity(4000, 8 * GIB)))
+        return self.tell(on.Counted(Capacity(max(4, len(self.cpus)) * 1000, 8 * GIB, cpus=self.cpus)))
 
     def tell(self, event: on.Event, after: float = 0.0) -> list[do.Effect]:
         self.now += after

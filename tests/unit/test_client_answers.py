@@ -87,6 +87,7 @@ def worker(name: str, state: str) -> Worker:
         memory_reserved_bytes=0, cpu_percent=0, memory_bytes=0, memory_resident_bytes=0, gpus=(), gpu_memory_bytes=0,
         slots=1, slots_used=0, queue=0, restarts=0, uptime=0, progress=-1, last_exit="", simulated=True, processes=0,
         threads=0,
+        cpu_set="",
     )  # fmt: skip
 
 

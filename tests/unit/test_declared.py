@@ -98,6 +98,18 @@ def test_a_wrong_type_is_said_in_tomls_words(text: str, message: str) -> None:
         ),
         ('[limits]\nmemory_max = "1G"\nmemory_high = "2G"', "limits.memory_high: is over memory_max"),
         ('[resources]\ngpu_memory = "1G"\ngpus = 0', "resources.gpus: gpu_memory is asked for, on no GPU"),
+        (
+            '[resources]\ncpus = 1.5\ncpu_placement = "exclusive"',
+            "resources.cpus: exclusive CPUs are whole ones, at least 1; got 1.5",
+        ),
+        (
+            '[resources]\ncpu_placement = "exclusive"',
+            "resources.cpus: exclusive CPUs are whole ones, at least 1; got 0",
+        ),
+        (
+            '[resources]\ncpus = 2\ncpu_placement = "exclusive"\n[limits]\nallowed_cpus = "3"',
+            "limits.allowed_cpus: 3 has less than the 2 exclusive CPUs",
+        ),
     ],
 )
 def test_a_wrong_quantity_says_what_a_right_one_looks_like(text: str, message: str) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos.protocol import frames as f
+from llmosd.kernel.cpus import Cpu
 from llmosd.kernel.eviction import victims
 from llmosd.kernel.ledger import Capacity, Grant, Ledger
 from llmosd.kernel.placement import FITS, Gpu, best_fit, first_fit, worst_fit
@@ -20,10 +21,13 @@ capacities = st.builds(
     st.integers(0, 8000),
     st.integers(0, 100),
     st.lists(st.integers(0, 50), max_size=4).map(lambda sizes: tuple(Gpu(f"g{n}", s) for n, s in enumerate(sizes))),
+    # As the node counts them: never more thousandths than there are CPUs.
+    st.just(tuple(Cpu(number, 0, number // 2, number // 4) for number in range(8))),
 )
 wants = st.builds(
     Resources,
     cpus=st.integers(0, 9000).map(lambda millis: millis / 1000),
+    cpu_placement=st.sampled_from(["shared", "exclusive"]),
     memory=st.integers(0, 120).map(Bytes),
     gpus=st.integers(0, 5),
     gpu_memory=st.integers(0, 120).map(Bytes),
@@ -45,7 +49,10 @@ def test_nothing_is_ever_over_committed_and_a_reservation_is_whole_or_nothing(
             assert grant, "a refusal says why"
             assert ledger.free() == before
         else:
-            assert grant.millicpus == round(want.cpus * 1000)
+            exclusive = want.cpu_placement == "exclusive"
+            assert grant.millicpus == (len(grant.cpus) * 1000 if exclusive else round(want.cpus * 1000))
+            assert bool(grant.cpus) == exclusive
+            assert len(grant.cpus) >= want.cpus or not exclusive
             assert grant.memory_bytes == want.memory
             if want.gpus and want.gpu_memory:
                 assert len(grant.gpus) == want.gpus
@@ -53,6 +60,10 @@ def test_nothing_is_ever_over_committed_and_a_reservation_is_whole_or_nothing(
         free = ledger.free()
         assert free.millicpus >= 0
         assert free.memory_bytes >= 0
+        grants = [grant for n in range(4) if (grant := ledger.grant_of(f"w{n}")) is not None]
+        assert free.cpus, "the last shared CPU was given away"
+        assert len(free.cpus) + sum(len(grant.cpus) for grant in grants) == len(capacity.cpus)
+        assert sum(grant.millicpus for grant in grants if not grant.cpus) <= len(free.cpus) * 1000
         assert all(gpu.memory_bytes >= 0 for gpu in free.gpus)
     for number in range(4):
         ledger.release(f"w{number}")

@@ -77,6 +77,7 @@ def worker_table(workers: Sequence[Worker], *, wide: bool = False) -> str:
     }
     if wide:
         columns["DRIVER"] = [w.driver for w in workers]
+        columns["OWN CPUS"] = [w.cpu_set for w in workers]
         columns["ENGINE PID"] = [str(w.engine_pid or NONE) for w in workers]
         columns["RESIDENT"] = [size(w.memory_resident_bytes) for w in workers]
         columns["PROCESSES"] = [str(w.processes or NONE) for w in workers]

@@ -184,7 +184,7 @@ class GetWorkerRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("name", "model", "kind", "driver", "pid", "engine_pid", "state", "why", "cpus", "memory_reserved_bytes", "cpu_percent", "memory_bytes", "memory_resident_bytes", "gpus", "gpu_memory_bytes", "slots", "slots_used", "queue", "restarts", "uptime", "progress", "last_exit", "simulated", "processes", "threads")
+    __slots__ = ("name", "model", "kind", "driver", "pid", "engine_pid", "state", "why", "cpus", "memory_reserved_bytes", "cpu_percent", "memory_bytes", "memory_resident_bytes", "gpus", "gpu_memory_bytes", "slots", "slots_used", "queue", "restarts", "uptime", "progress", "last_exit", "simulated", "processes", "threads", "cpu_set")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class Worker(_message.Message):
     SIMULATED_FIELD_NUMBER: _ClassVar[int]
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
+    CPU_SET_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     kind: str
@@ -235,7 +236,8 @@ class Worker(_message.Message):
     simulated: bool
     processes: int
     threads: int
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., kind: _Optional[str] = ..., driver: _Optional[str] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., state: _Optional[str] = ..., why: _Optional[str] = ..., cpus: _Optional[float] = ..., memory_reserved_bytes: _Optional[int] = ..., cpu_percent: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., memory_resident_bytes: _Optional[int] = ..., gpus: _Optional[_Iterable[str]] = ..., gpu_memory_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slots_used: _Optional[int] = ..., queue: _Optional[int] = ..., restarts: _Optional[int] = ..., uptime: _Optional[float] = ..., progress: _Optional[float] = ..., last_exit: _Optional[str] = ..., simulated: _Optional[bool] = ..., processes: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+    cpu_set: str
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., kind: _Optional[str] = ..., driver: _Optional[str] = ..., pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., state: _Optional[str] = ..., why: _Optional[str] = ..., cpus: _Optional[float] = ..., memory_reserved_bytes: _Optional[int] = ..., cpu_percent: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., memory_resident_bytes: _Optional[int] = ..., gpus: _Optional[_Iterable[str]] = ..., gpu_memory_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., slots_used: _Optional[int] = ..., queue: _Optional[int] = ..., restarts: _Optional[int] = ..., uptime: _Optional[float] = ..., progress: _Optional[float] = ..., last_exit: _Optional[str] = ..., simulated: _Optional[bool] = ..., processes: _Optional[int] = ..., threads: _Optional[int] = ..., cpu_set: _Optional[str] = ...) -> None: ...
 
 class NameRequest(_message.Message):
     __slots__ = ("name",)

@@ -26,6 +26,8 @@ from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About
 from llmosd.control.server import ControlServer
 from llmosd.declared import DeclarationError
+from llmosd.isolation import Isolator
+from llmosd.isolationcheck import IsolationCheck
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
@@ -83,7 +85,8 @@ class Daemon:
         sockets = self._passed = notify.passed_sockets()
         self._http = HttpSocket(settings.gateway.listen, sockets.get("http", -1)) if settings.gateway.enabled else None
         self.events = EventLog(first=int(time.time() * 1000))
-        programs = Programs(directories, settings, self._http)
+        self._isolator = Isolator(directories)
+        programs = Programs(directories, settings, self._http, self._isolator)
         self.node = Node(
             directories.runtime, directories.logs, settings.logs.max_size, ProcessConfinement(),
             self.feed, self._warn, programs.program,
@@ -107,7 +110,7 @@ class Daemon:
             (directories.runtime / f"{name}.sock").chmod(0o660)
         self.machine = LocalMachine(
             self.kernel, self.node, self.feed, self.events, self._about(), ModelDirectory(directories.models),
-            directories.state / "limits",
+            directories.state / "limits", IsolationCheck(directories, self._isolator),
         )  # fmt: skip
         self.machine.counts += [
             lambda: dict(self._front.counts + self._back.counts),
@@ -125,6 +128,8 @@ class Daemon:
         """
         self.node.open()
         survivors = await self.node.find_survivors()
+        for event in survivors:
+            self._admit(event)
         if self._http is not None:
             if not any(event.spec.model == GATEWAY for event in survivors):
                 self._open_http(self._http)
@@ -281,6 +286,13 @@ class Daemon:
         while True:
             notify.notify("WATCHDOG=1")
             await asyncio.sleep(every_s)
+
+    def _admit(self, survivor: on.Adopted) -> None:
+        """The back socket is a new one: let a worker's own user in to it."""
+        try:
+            self._isolator.admit(survivor.spec.isolation)
+        except (OSError, ValueError) as error:
+            self._warn(survivor.worker, f"it cannot come back: {error}")
 
     def _open_http(self, http: HttpSocket) -> None:
         try:

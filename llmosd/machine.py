@@ -15,6 +15,7 @@ from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About, CheckRow, DeviceRow, Refused, Used
 from llmosd.declared import DeclarationError, convert
 from llmosd.failpoint import failpoint
+from llmosd.isolationcheck import CannotIsolate, IsolationCheck
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
@@ -42,6 +43,7 @@ class LocalMachine:
         about: About,
         models: ModelDirectory,
         overrides: Path,
+        isolation: IsolationCheck,
     ) -> None:
         """`overrides`: the directory of limits that operators set on models."""
         self.kernel = kernel
@@ -53,6 +55,7 @@ class LocalMachine:
         self._feed = feed
         self._models = models
         self._overrides = overrides
+        self._isolation = isolation
         self._files: dict[str, Path] = {}
         self._calls: dict[int, asyncio.Future[do.Replied]] = {}
         self._call = 0
@@ -96,6 +99,7 @@ class LocalMachine:
         except DeclarationError as error:
             raise Refused("invalid", str(error)) from None
         self.check_limits(spec.limits)
+        await self.check_isolation(spec)
         try:
             path = await asyncio.to_thread(self._models.place, spec.model)
         except DeclarationError as error:
@@ -130,6 +134,7 @@ class LocalMachine:
         for name, (spec, path) in models.items():
             try:
                 self.check_limits(spec.limits)
+                await self.check_isolation(spec)
                 await self.command(lambda call, spec=spec: on.Apply(call, self.overridden(spec)))  # type: ignore[misc]
                 self._files[name] = path
                 applied.append(name)
@@ -154,6 +159,12 @@ class LocalMachine:
             self.node.confinement.check(limits)
         except Unenforceable as error:
             raise Refused("refused", f"limits: {error}") from None
+
+    async def check_isolation(self, spec: ModelSpec) -> None:
+        try:
+            await self._isolation.check(spec)
+        except CannotIsolate as error:
+            raise Refused("refused", str(error)) from None
 
     def enforcement(self, limit: str) -> str:
         return self.node.confinement.enforcement(limit)
@@ -262,9 +273,12 @@ class LocalMachine:
         return rows, list(inventory.notes)
 
     async def diagnose(self) -> list[CheckRow]:
+        lacking = await self._isolation.lacking()
+
         def look() -> list[Any]:
             inventory = take_inventory()
-            return doctor.diagnose(doctor.look(inventory, self.node.confinement, self.about.runtime_directory))
+            facts = doctor.look(inventory, self.node.confinement, self.about.runtime_directory, isolation=lacking)
+            return doctor.diagnose(facts)
 
         checks = await asyncio.to_thread(look)
         return [CheckRow(check.name, check.result, check.message, check.advice) for check in checks]

@@ -86,6 +86,7 @@ class Daemon:
         self._http = HttpSocket(settings.gateway.listen, sockets.get("http", -1)) if settings.gateway.enabled else None
         self.events = EventLog(first=int(time.time() * 1000))
         self._isolator = Isolator(directories)
+        self._isolation = IsolationCheck(directories, self._isolator)
         programs = Programs(directories, settings, self._http, self._isolator)
         self.node = Node(
             directories.runtime, directories.logs, settings.logs.max_size, ProcessConfinement(),
@@ -110,7 +111,7 @@ class Daemon:
             (directories.runtime / f"{name}.sock").chmod(0o660)
         self.machine = LocalMachine(
             self.kernel, self.node, self.feed, self.events, self._about(), ModelDirectory(directories.models),
-            directories.state / "limits", IsolationCheck(directories, self._isolator),
+            directories.state / "limits", self._isolation,
         )  # fmt: skip
         self.machine.counts += [
             lambda: dict(self._front.counts + self._back.counts),
@@ -289,6 +290,7 @@ class Daemon:
 
     def _admit(self, survivor: on.Adopted) -> None:
         """The back socket is a new one: let a worker's own user in to it."""
+        self._isolation.remember(survivor.spec)
         try:
             self._isolator.admit(survivor.spec.isolation)
         except (OSError, ValueError) as error:

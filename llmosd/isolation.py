@@ -89,16 +89,16 @@ class Isolator:
             ) from error
 
     def needed(self, spec: ModelSpec) -> list[str]:
-        """What a worker must be able to read, by every name it may go by. A `command` gets nothing: it is its own."""
-        return [] if isinstance(spec.engine, Command) else _names((*self._common(), *self.named(spec)))
+        """What a worker must have in its sight, by every name it may go by. A `command` needs nothing of ours."""
+        if isinstance(spec.engine, Command):
+            return []
+        places = (self._directories.runtime, self._directories.models, self._directories.state / "models")
+        return _names((*places, *_code(), *self.named(spec)))
 
-    def common(self, spec: ModelSpec) -> list[str]:
-        """What of that is the same for all models."""
-        return [] if isinstance(spec.engine, Command) else _names(self._common())
-
-    def _common(self) -> Iterator[Path]:
-        yield from (self._directories.runtime, self._directories.models, self._directories.state / "models")
-        yield from _code()
+    def vital(self, spec: ModelSpec) -> list[str]:
+        """What a worker of any model must be able to read, or it cannot even say what is wrong."""
+        back = self._directories.runtime / "back.sock"
+        return [] if isinstance(spec.engine, Command) else _names((back, *_code()))
 
     def named(self, spec: ModelSpec) -> Iterator[Path]:
         """The files that the model's file names, where the host looks for them."""

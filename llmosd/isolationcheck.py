@@ -40,15 +40,19 @@ class IsolationCheck:
         self._isolator = isolator
         self._possible: set[tuple[Isolation, bool]] = set()
 
+    def remember(self, spec: ModelSpec) -> None:
+        """A worker is isolated so: no doubt that it is possible."""
+        self._possible.add((spec.isolation, spec.engine.hosted))
+
     async def check(self, spec: ModelSpec) -> None:
         """Raises CannotIsolate."""
         if spec.isolation == Isolation():
             return
         try:
             await asyncio.to_thread(self._look, spec)
-            if (key := (spec.isolation, spec.engine.hosted)) not in self._possible:
+            if (spec.isolation, spec.engine.hosted) not in self._possible:
                 await self._try(spec)
-                self._possible.add(key)
+                self.remember(spec)
         except (OSError, ValueError) as error:
             raise CannotIsolate(f"isolation: {getattr(error, 'strerror', None) or error}") from None
 
@@ -97,7 +101,7 @@ class IsolationCheck:
                 raise ValueError(f"user: {isolation.user} may not read {file}; allow it with chmod or setfacl")
 
     def _order(self, spec: ModelSpec) -> Order:
-        paths = self._isolator.common(spec)
+        paths = self._isolator.vital(spec)
         argv = (sys.executable, "-I", "-S", "-c", _READS, *paths) if paths else ("true",)
         order = Order(argv=argv, env={"PATH": os.environ.get("PATH", os.defpath)}, cwd="/")
         return self._isolator.isolate(order, spec, Grant(), self._directories.runtime / "scratch")
@@ -105,7 +109,7 @@ class IsolationCheck:
     async def _try(self, spec: ModelSpec) -> None:
         """Launch a process as the worker would be. Raises OSError or ValueError."""
         order = await asyncio.to_thread(self._order, spec)
-        paths = self._isolator.common(spec)
+        paths = self._isolator.vital(spec)
         said = ""
         for _ in range(_TRIES):
             try:

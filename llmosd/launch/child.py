@@ -54,7 +54,7 @@ def main() -> None:
         close_others({0, 1, 2, gate, *order["keep_fds"]})
         step = "exec"
         os.execvpe(order["argv"][0], order["argv"], order["env"])
-    except (OSError, ValueError, OverflowError, LookupError) as error:
+    except (OSError, ValueError, OverflowError, LookupError, ImportError) as error:
         told = {"step": step, "errno": getattr(error, "errno", None) or 0, "error": str(error)}
         os.write(gate, json.dumps(told).encode())
         os._exit(NOT_STARTED)

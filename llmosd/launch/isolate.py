@@ -16,6 +16,7 @@ import fcntl
 import os
 import stat
 import struct
+import warnings  # noqa: F401  # os.execvpe imports it, and in a new user namespace Python itself may be out of reach
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

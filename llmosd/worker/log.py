@@ -20,7 +20,7 @@ class WorkerLog:
         self._max_bytes = max_bytes
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        except PermissionError:
+        except OSError:
             # A host that runs as a user of its own has no way into the directory: only what it was born with.
             self._fd = os.dup(1)
         self._size = os.fstat(self._fd).st_size
@@ -45,7 +45,7 @@ class WorkerLog:
     def _rotate(self) -> None:
         try:
             self._path.replace(self._path.with_name(self._path.name + ".1"))
-        except PermissionError:
+        except OSError:
             # Then the daemon keeps an older part, when it next looks. Until then nothing may fill the disk.
             self._size = os.fstat(self._fd).st_size
             if self._size > self._max_bytes:

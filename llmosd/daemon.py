@@ -86,12 +86,12 @@ class Daemon:
         self._http = HttpSocket(settings.gateway.listen, sockets.get("http", -1)) if settings.gateway.enabled else None
         self.events = EventLog(first=int(time.time() * 1000))
         self._isolator = Isolator(directories)
-        self._isolation = IsolationCheck(directories, self._isolator)
         programs = Programs(directories, settings, self._http, self._isolator)
         self.node = Node(
             directories.runtime, directories.logs, settings.logs.max_size, ProcessConfinement(),
             self.feed, self._warn, programs.program,
         )  # fmt: skip
+        self._isolation = IsolationCheck(directories, self._isolator, self.node.helpers)
         self._clients = ClientProcesses(lambda peer, why: self.feed(on.ClientLost(peer, why)))
         self._context = zmq.Context()
         self._front = Router(

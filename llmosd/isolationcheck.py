@@ -24,7 +24,7 @@ _READS: Final = "import os,sys\nn=0\nfor p in sys.argv[1:]:\n if not os.access(p
 #: A change of user needs these, and what the daemon does with the worker afterwards (capabilities(7)).
 _CHANGE_OF_USER: Final = {"CAP_CHOWN": 0, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8}
 _CAP_SYS_ADMIN: Final = 21
-#: The node ends children that it does not know; another try makes up for that.
+#: The node ends children that it does not know, and may see one before it is noted.
 _TRIES: Final = 3
 
 
@@ -35,9 +35,11 @@ class CannotIsolate(Exception):  # noqa: N818  # what this machine answers, and 
 class IsolationCheck:
     """Asks, and remembers what was found possible."""
 
-    def __init__(self, directories: Directories, isolator: Isolator) -> None:
+    def __init__(self, directories: Directories, isolator: Isolator, helpers: set[int]) -> None:
+        """`helpers`: where the processes of this are noted, so that the node lets them be."""
         self._directories = directories
         self._isolator = isolator
+        self._helpers = helpers
         self._possible: set[tuple[Isolation, bool]] = set()
 
     def remember(self, spec: ModelSpec) -> None:
@@ -113,7 +115,7 @@ class IsolationCheck:
         said = ""
         for _ in range(_TRIES):
             try:
-                said = await _output(order)
+                said = await self._output(order)
             except SetUpError as error:
                 if error.step == "gate":
                     continue
@@ -125,29 +127,30 @@ class IsolationCheck:
             if said:
                 break
         if not said:
-            raise ValueError("a process that was isolated so ended before it could say anything; see the machine's log")
+            raise ValueError("a process that was isolated so was killed before it could say anything; try again")
         if (readable := int(said)) < len(paths):
             who = spec.isolation.user or "the worker"
             raise ValueError(f"user: {who} may not read {paths[readable]}, which a worker needs; allow it with chmod")
 
-
-async def _output(order: Order) -> str:
-    """What a process says that is launched and left to end. Raises OSError or SetUpError."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    try:
-        gate = Gate.spawn(stdin=null, stdout=write_end, stderr=null)
-    except OSError:
-        os.close(read_end)
-        raise
-    finally:
-        os.close(null)
-        os.close(write_end)
-    try:
-        await gate.go(order)
-    finally:
-        said = await asyncio.to_thread(_read_to_the_end, read_end, gate.pidfd)
-    return said
+    async def _output(self, order: Order) -> str:
+        """What a process says that is launched and left to end. Raises OSError or SetUpError."""
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        try:
+            gate = Gate.spawn(stdin=null, stdout=write_end, stderr=null)
+        except OSError:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(null)
+            os.close(write_end)
+        self._helpers.add(gate.pid)
+        try:
+            await gate.go(order)
+        finally:
+            said = await asyncio.to_thread(_read_to_the_end, read_end, gate.pidfd)
+            self._helpers.discard(gate.pid)
+        return said
 
 
 def _read_to_the_end(pipe: int, pidfd: int) -> str:

@@ -76,6 +76,8 @@ class Node:
         self.confinement = confinement
         self.groups = Groups(f"llmosd-{hashlib.sha256(str(runtime).encode()).hexdigest()[:12]}")
         self.measured: dict[str, Measured] = {}
+        #: Children of this process that are nobody's worker, and their starter's to wait for.
+        self.helpers: set[int] = set()
         self._records = runtime / "workers"
         self._scratch = runtime / "scratch"
         self._logs = logs
@@ -251,7 +253,7 @@ class Node:
             time.sleep(0.01)
 
     def _is_leader(self, pid: int) -> bool:
-        return any(life.pid == pid for life in list(self._lives.values()))
+        return pid in self.helpers or any(life.pid == pid for life in list(self._lives.values()))
 
     def _look_at(self, lives: list[Life]) -> list[Look]:
         """One thread's work for several workers: handing it over costs more than looking at one that is idle."""

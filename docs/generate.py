@@ -44,6 +44,7 @@ SECTIONS: Final[dict[str, type[spec.Declared]]] = {
     "scale": spec.Scale,
     "restart": spec.Restart,
     "timeouts": spec.Timeouts,
+    "isolation": spec.Isolation,
 }
 UNITS: Final = """\
 ## Quantities

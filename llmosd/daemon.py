@@ -27,6 +27,8 @@ from llmosd.control.machine import About
 from llmosd.control.server import ControlServer
 from llmosd.declared import DeclarationError
 from llmosd.failpoint import failpoint
+from llmosd.isolation import Isolator
+from llmosd.isolationcheck import IsolationCheck
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
@@ -98,11 +100,13 @@ class Daemon:
         self._front_socket = BusSocket(runtime / "front.sock", kept.front, systemds=kept.systemds)
         self._back_socket = BusSocket(runtime / "back.sock", kept.back, systemds=kept.systemds)
         self.events = EventLog(first=int(time.time() * 1000))
-        programs = Programs(directories, settings, self._http)
+        self._isolator = Isolator(directories)
+        programs = Programs(directories, settings, self._http, self._isolator)
         self.node = Node(
             daemon_name(directories.runtime), maker, directories.runtime, directories.logs, settings.logs.max_size,
             self.feed, self._warn, programs.program,
         )  # fmt: skip
+        self._isolation = IsolationCheck(directories, self._isolator, self.node.helpers)
         self._clients = ClientProcesses(lambda peer, why: self.feed(on.ClientLost(peer, why)))
         self._context = zmq.Context()
         self._front = Router(
@@ -120,7 +124,7 @@ class Daemon:
         )  # fmt: skip
         self.machine = LocalMachine(
             self.kernel, self.node, self.feed, self.events, self._about(), ModelDirectory(directories.models),
-            directories.state / "limits", self.upgrade,
+            directories.state / "limits", self._isolation, self.upgrade,
         )  # fmt: skip
         self.machine.counts += [
             lambda: dict(self._front.counts + self._back.counts),
@@ -138,6 +142,8 @@ class Daemon:
         """
         self.node.open()
         survivors = await self.node.find_survivors()
+        for event in survivors:
+            self._admit(event)
         if self._http is not None:
             if not any(event.spec.model == GATEWAY for event in survivors):
                 self._open_http(self._http)
@@ -187,12 +193,12 @@ class Daemon:
     async def _terminated(self) -> None:
         """SIGTERM. systemd sends it to stop the service for good, and also to start it anew, as an update of a library
         does; then the workers stay. Also where it does not say which: a worker that should go can still be ended."""
-        job = await asyncio.to_thread(notify.job_under_way)
+        job = await asyncio.to_thread(notify.job_under_way, self.node.helpers)
         self.end(End.STOP if job in (None, "stop") else End.LEAVE)
 
     async def upgrade(self) -> str:
         """Begin to replace this program by the one that is installed now; returns its version. Raises NotUpgraded."""
-        version = await asyncio.to_thread(upgrade.check)
+        version = await asyncio.to_thread(upgrade.check, self.node.helpers)
         failpoint("upgrade.checked")
         self._loop.call_soon(self.end, End.UPGRADE)  # the answer goes out first
         return version
@@ -281,6 +287,14 @@ class Daemon:
         while True:
             notify.notify("WATCHDOG=1")
             await asyncio.sleep(every_s)
+
+    def _admit(self, survivor: on.Adopted) -> None:
+        """The back socket is a new one: let a worker's own user in to it."""
+        self._isolation.remember(survivor.spec)
+        try:
+            self._isolator.admit(survivor.spec.isolation)
+        except (OSError, ValueError) as error:
+            self._warn(survivor.worker, f"it cannot come back: {error}")
 
     def _open_http(self, http: HttpSocket) -> None:
         try:

@@ -15,6 +15,7 @@ from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About, CheckRow, DeviceRow, Gauge, Refused, Used
 from llmosd.declared import DeclarationError, convert
 from llmosd.failpoint import failpoint
+from llmosd.isolationcheck import CannotIsolate, IsolationCheck
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
@@ -44,6 +45,7 @@ class LocalMachine:
         about: About,
         models: ModelDirectory,
         overrides: Path,
+        isolation: IsolationCheck,
         upgrade: Callable[[], Awaitable[str]],
     ) -> None:
         """`overrides`: the directory of limits that operators set on models. `upgrade`: see `Daemon.upgrade`."""
@@ -57,6 +59,7 @@ class LocalMachine:
         self._models = models
         self._overrides = overrides
         self._upgrade = upgrade
+        self._isolation = isolation
         self._files: dict[str, Path] = {}
         self._calls: dict[int, asyncio.Future[do.Replied]] = {}
         self._call = 0
@@ -105,7 +108,7 @@ class LocalMachine:
             spec = await asyncio.to_thread(parse, text, file_name)
         except DeclarationError as error:
             raise Refused("invalid", str(error)) from None
-        self._check_spec(spec)
+        await self._check_spec(spec)
         try:
             path = await asyncio.to_thread(self._models.place, spec.model)
         except DeclarationError as error:
@@ -139,7 +142,7 @@ class LocalMachine:
         applied, removed = [], []
         for name, (spec, path) in models.items():
             try:
-                self._check_spec(spec)
+                await self._check_spec(spec)
                 await self.command(lambda call, spec=spec: on.Apply(call, self.overridden(spec)))  # type: ignore[misc]
                 self._files[name] = path
                 applied.append(name)
@@ -165,10 +168,15 @@ class LocalMachine:
         except Unenforceable as error:
             raise Refused("refused", f"limits: {error}") from None
 
-    def _check_spec(self, spec: ModelSpec) -> None:
+    async def _check_spec(self, spec: ModelSpec) -> None:
+        """Raises Refused for what this machine cannot do."""
         self.check_limits(spec.limits)
         if spec.resources.cpu_placement == "exclusive" and not self.enforcement("allowed_cpus"):
             raise Refused("refused", "resources.cpu_placement: nothing on this machine can keep a worker on its CPUs")
+        try:
+            await self._isolation.check(spec)
+        except CannotIsolate as error:
+            raise Refused("refused", str(error)) from None
 
     def enforcement(self, limit: str) -> str:
         return self.node.confinement.enforcement(limit)
@@ -310,9 +318,12 @@ class LocalMachine:
         return rows, list(inventory.notes)
 
     async def diagnose(self) -> list[CheckRow]:
+        lacking = await self._isolation.lacking()
+
         def look() -> list[Any]:
             inventory = take_inventory()
-            return doctor.diagnose(doctor.look(inventory, self.node.confinement, self.about.runtime_directory))
+            facts = doctor.look(inventory, self.node.confinement, self.about.runtime_directory, isolation=lacking)
+            return doctor.diagnose(facts)
 
         checks = await asyncio.to_thread(look)
         return [CheckRow(check.name, check.result, check.message, check.advice) for check in checks]

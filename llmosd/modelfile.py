@@ -11,7 +11,7 @@ import msgspec
 
 from llmosd.declared import DeclarationError, convert, read_toml
 from llmosd.failpoint import failpoint
-from llmosd.kernel.spec import KERNEL_LIMITS, Limits, ModelSpec
+from llmosd.kernel.spec import KERNEL_LIMITS, Attached, Limits, ModelSpec
 from llmosd.kernel.units import encode_quantity
 
 #: Names that the daemon keeps for its own services.
@@ -54,6 +54,8 @@ def _problems(spec: ModelSpec) -> list[str]:
     problems += [
         f"engine.env: {name!r} cannot be in an environment" for name in spec.engine.env if not name or "=" in name
     ]
+    if spec.isolation.private_network and isinstance(spec.engine, Attached):
+        problems.append("isolation.private_network: an attached engine is somewhere else, and could not be reached")
     if spec.aliases and spec.model in spec.aliases:
         problems.append(f"aliases: {spec.model!r} is the model's own name")
     return problems

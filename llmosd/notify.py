@@ -13,6 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any, Final
 
+from llmosd import helper
+
 
 def _import(name: str) -> Any:
     try:
@@ -52,24 +54,21 @@ def watchdog_s() -> float | None:
     return int(microseconds) / 2e6
 
 
-def job_under_way() -> str | None:
+def job_under_way(known: set[int]) -> str | None:
     """The job that systemd has for our unit: "stop", "restart", …; "" for none, or if that cannot be learnt.
 
-    None: systemd did not start this process. Blocks.
+    None: systemd did not start this process. `known`: see `helper.run`. Blocks.
     """
     if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
         return None
     ours = [part for line in Path("/proc/self/cgroup").read_text().splitlines() for part in line.split("/")]
     command = ["systemctl", "list-jobs", "--no-legend", "--no-pager", "--plain"]
     try:
-        listed = subprocess.run(
-            [*command, *(["--user"] if os.geteuid() else [])],
-            capture_output=True, text=True, check=True, timeout=_SYSTEMCTL_S, stdin=subprocess.DEVNULL,
-        ).stdout  # fmt: skip
+        done = helper.run([*command, *(["--user"] if os.geteuid() else [])], known, _SYSTEMCTL_S)
     except (OSError, subprocess.SubprocessError):
         return ""
     # Number, unit, type and state.
-    jobs = [line.split() for line in listed.splitlines()]
+    jobs = [line.split() for line in done.stdout.splitlines()]
     return next((job[2] for job in jobs if len(job) >= 3 and job[1].endswith(".service") and job[1] in ours), "")
 
 

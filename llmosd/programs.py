@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from llmosd.gateway.config import GatewayConfig
+from llmosd.isolation import Isolator
 from llmosd.kernel import effects as do
 from llmosd.kernel.ledger import Grant
 from llmosd.kernel.spec import Command, ModelSpec, Restart, Scale, Timeouts
@@ -48,8 +49,11 @@ def gateway_spec(settings: Settings) -> ModelSpec:
 class Programs:
     """Makes the program of each worker that is spawned."""
 
-    def __init__(self, directories: Directories, settings: Settings, http: HttpSocket | None) -> None:
+    def __init__(
+        self, directories: Directories, settings: Settings, http: HttpSocket | None, isolator: Isolator
+    ) -> None:
         self._directories = directories
+        self._isolator = isolator
         self._settings = settings
         self._http = http
 
@@ -62,7 +66,8 @@ class Programs:
             return self._gateway(marks, launch)
         if isinstance(spec.engine, Command):
             env = inherited_environment({**spec.engine.env, **marks, **_visible_gpus(effect)})
-            return Program(_order(launch, (*spec.engine.command, *spec.engine.args), env, grant=effect.grant))
+            order = _order(launch, (*spec.engine.command, *spec.engine.args), env, grant=effect.grant)
+            return Program(self._isolator.isolate(order, spec, effect.grant, birth.scratch))
         return self._host(effect, birth, launch, marks)
 
     def _gateway(self, marks: dict[str, str], launch: LaunchSettings) -> Program:
@@ -105,7 +110,9 @@ class Programs:
         )
         env = inherited_environment({**marks, **_visible_gpus(effect)})
         argv = (*_PYTHON, "-m", "llmosd.worker")
-        return Program(_order(launch, argv, env, keep=(FIRST_GRANT,), grant=effect.grant), encode(config))
+        order = _order(launch, argv, env, keep=(FIRST_GRANT,), grant=effect.grant)
+        # The host as a whole: its engine inherits it.
+        return Program(self._isolator.isolate(order, spec, effect.grant, birth.scratch), encode(config))
 
 
 def _order(

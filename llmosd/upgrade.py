@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
+from llmosd import helper
 from llmosd.runtime import restore_open_files
 
 #: Where a program finds what its predecessor kept open for it.
@@ -50,11 +51,14 @@ def taken_over() -> Kept | None:
     return kept
 
 
-def check() -> str:
-    """Have the program that is installed now read its settings; returns its version. Blocks. Raises NotUpgraded."""
+def check(known: set[int]) -> str:
+    """Have the program that is installed now read its settings; returns its version. Blocks. Raises NotUpgraded.
+
+    `known`: see `helper.run`.
+    """
     command = [*_command(), "config"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_S, stdin=subprocess.DEVNULL)
+        done = helper.run(command, known, _CHECK_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotUpgraded(f"llmosd cannot be started again: {error}") from None
     if done.returncode != 0:

@@ -190,6 +190,27 @@ class Timeouts(Declared, frozen=True, kw_only=True):
     silence: Annotated[Seconds, doc("without a sign of life while requests run; then it counts as hung")] = Seconds(30)
 
 
+class Isolation(Declared, frozen=True, kw_only=True):
+    """What keeps a worker from the rest of this machine, its host and its engine alike. Names and meaning are
+    systemd's, in snake case. What this machine cannot do is refused. Without `user`, a worker of root's daemon is root:
+    it loses the capabilities that could undo all this, and may still write whatever is not read-only."""
+
+    user: Annotated[str, doc("run as this user, with that user's groups; needs a daemon run by root")] = ""
+    private_tmp: Annotated[
+        bool, doc("a /tmp and a /var/tmp of its own, in RAM, empty but for what the worker is made of")
+    ] = False
+    read_only_paths: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"^/", description="an absolute path")], ...],
+        doc("cannot be written to, nor what is below; /proc, /dev, logs, the worker's own directories stay writable"),
+    ] = ()
+    no_new_privileges: Annotated[bool, doc("programs it runs gain nothing by setuid bits or file capabilities")] = False
+    private_network: Annotated[bool, doc("no network but a loopback of its own; the bus is none")] = False
+    device_policy: Annotated[
+        Literal["auto", "closed"],
+        doc("closed: no device but null, zero, full, random, urandom, tty, its own terminals, and the GPUs granted"),
+    ] = "auto"
+
+
 class ModelSpec(Declared, frozen=True, kw_only=True):
     """A model, or a service: a file of models.d."""
 
@@ -202,6 +223,7 @@ class ModelSpec(Declared, frozen=True, kw_only=True):
     scale: Scale = Scale()
     restart: Restart = Restart()
     timeouts: Timeouts = Timeouts()
+    isolation: Isolation = Isolation()
 
     @property
     def routed(self) -> bool:

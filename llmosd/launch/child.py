@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 #: include/uapi/linux/ioprio.h
 IOPRIO_WHO_PROCESS = 1
 IOPRIO_CLASS_SHIFT = 13
@@ -48,7 +49,8 @@ def main() -> None:
         for step, apply in STEPS:
             if order.get(step) is not None:
                 apply(order[step])
-        match_autogroup()
+            if step == "nice":
+                match_autogroup()
         step = "signals"
         for number in IGNORED_BY_PYTHON:
             _signal.signal(number, _signal.SIG_DFL)
@@ -56,7 +58,7 @@ def main() -> None:
         close_others({0, 1, 2, gate, *order["keep_fds"]})
         step = "exec"
         os.execvpe(order["argv"][0], order["argv"], order["env"])
-    except (OSError, ValueError, OverflowError, LookupError) as error:
+    except (OSError, ValueError, OverflowError, LookupError, ImportError) as error:
         told = {"step": step, "errno": getattr(error, "errno", None) or 0, "error": str(error)}
         os.write(gate, json.dumps(told).encode())
         os._exit(NOT_STARTED)
@@ -133,6 +135,15 @@ def set_user(user: "dict[str, Any]") -> None:
     os.setresuid(user["uid"], user["uid"], user["uid"])
 
 
+def neighbour() -> "Any":
+    """`isolate`, which lies beside this file: -I keeps that directory off the path, and most orders need none of it."""
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import isolate  # type: ignore[import-not-found]
+
+    sys.path.pop()
+    return isolate
+
+
 def prctl(option: int, value: int) -> None:
     check(libc().prctl(option, value, 0, 0, 0))
 
@@ -165,7 +176,6 @@ def close_others(keep: "set[int]") -> None:
 
 #: In this order; each takes the value of the order's field of that name.
 STEPS = (
-    ("cwd", os.chdir),
     ("umask", os.umask),
     ("rlimits", set_rlimits),
     ("oom_score_adj", set_oom_score_adj),
@@ -174,7 +184,15 @@ STEPS = (
     ("nice", lambda value: os.setpriority(os.PRIO_PROCESS, 0, value)),
     ("ionice", set_ionice),
     ("subreaper", lambda value: prctl(PR_SET_CHILD_SUBREAPER, int(value))),
+    # After what only the daemon's own privileges allow: in a user namespace they count no more. Before the change of
+    # user, for the same reason.
+    ("namespaces", lambda value: neighbour().enter(value)),
+    # After the mounts: a working directory from before them would be a way back behind them.
+    ("cwd", os.chdir),
+    # Needs CAP_SETPCAP, which the change of user takes.
+    ("drop_capabilities", lambda value: neighbour().drop_capabilities(value)),
     ("user", set_user),
+    ("no_new_privileges", lambda value: prctl(PR_SET_NO_NEW_PRIVS, int(value))),
     # After the change of user, which clears it.
     ("parent_death_signal", lambda value: prctl(PR_SET_PDEATHSIG, value)),
 )

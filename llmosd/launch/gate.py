@@ -38,10 +38,32 @@ ENVIRONMENT: Final = (
 HOPELESS: Final = frozenset({errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EISDIR})
 
 
+#: Steps that isolate, and their errors that trying again will not mend.
+ISOLATION: Final = frozenset({"namespaces", "drop_capabilities", "user", "no_new_privileges"})
+FORBIDDEN: Final = HOPELESS | {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EROFS}
+
+
 class User(msgspec.Struct, frozen=True):
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
+
+
+class Namespaces(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child sees of this machine. All paths are absolute, and exist."""
+
+    #: No network but a loopback of its own.
+    private_network: bool = False
+    #: Directories replaced by a new and empty one, each with its mode; they live as long as the worker.
+    private: tuple[tuple[str, int], ...] = ()
+    #: Read-only, with all that is below.
+    read_only: tuple[str, ...] = ()
+    #: Shown, read-only, though they lie in a private directory.
+    readable: tuple[str, ...] = ()
+    #: As they are, though they lie in a private directory or in a read-only one.
+    writable: tuple[str, ...] = ()
+    #: The device nodes that are left in /dev, by their names in it, where they exist; None: all.
+    devices: tuple[str, ...] | None = None
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +84,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     ionice: tuple[int, int] | None = None
     #: Orphaned descendants become its children, not init's.
     subreaper: bool | None = None
+    namespaces: Namespaces | None = None
+    #: By number; for all programs that it runs, whoever they run as.
+    drop_capabilities: tuple[int, ...] | None = None
     user: User | None = None
+    no_new_privileges: bool | None = None
     parent_death_signal: int | None = None
     keep_fds: tuple[int, ...] = ()
 

@@ -12,12 +12,13 @@ import platform
 import re
 import resource
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 
-from llmosd.kernel.spec import Limits
+from llmosd.kernel.spec import Isolation, Limits
 from llmosd.kernel.units import Bytes
 from llmosd.node.confine import Confinement
 from llmosd.node.confine.process import least_nice
@@ -68,10 +69,18 @@ class Facts(msgspec.Struct, frozen=True):
     #: Why the runtime directory cannot be used; empty: it can.
     runtime_directory_trouble: str
     pressure: bool
+    #: What of a model file's [isolation] cannot be had, and why.
+    isolation: Mapping[str, str] = {}
 
 
-def look(inventory: Inventory, confinement: Confinement, runtime_directory: Path, root: Path = Path("/")) -> Facts:
-    """Gather the facts. `root` is where proc, sys and run are looked for."""
+def look(
+    inventory: Inventory,
+    confinement: Confinement,
+    runtime_directory: Path,
+    root: Path = Path("/"),
+    isolation: Mapping[str, str] = {},
+) -> Facts:
+    """Gather the facts. `root` is where proc, sys and run are looked for; `isolation` was found out already."""
     limits: dict[str, tuple[str, ...]] = {}
     for name in Limits.__struct_fields__:
         by = confinement.enforcement(name)
@@ -97,6 +106,7 @@ def look(inventory: Inventory, confinement: Confinement, runtime_directory: Path
         runtime_directory=str(runtime_directory),
         runtime_directory_trouble=_directory_trouble(runtime_directory),
         pressure=bool(_text(root / "proc/pressure/memory")),
+        isolation=isolation,
     )
 
 
@@ -115,6 +125,7 @@ def diagnose(facts: Facts) -> list[Check]:
         _memory(facts),
         _open_files(facts),
         _privileges(facts),
+        _isolation(facts),
         _llamacpp(facts),
         _runtime_directory(facts),
         _pressure(facts),
@@ -227,6 +238,15 @@ def _privileges(facts: Facts) -> Check:
         return Check("privileges", "ok", message)
     advice = "for lower nice values, AmbientCapabilities=CAP_SYS_NICE or LimitNICE=-20 in the unit"
     return Check("privileges", "limited", message, advice)
+
+
+def _isolation(facts: Facts) -> Check:
+    keys = Isolation.__struct_fields__
+    if not facts.isolation:
+        return Check("isolation", "ok", f"a worker can have {', '.join(keys)}")
+    message = "; ".join(f"{key} is refused: {reason}" for key, reason in facts.isolation.items())
+    advice = "run llmosd as root, in a container with CAP_SYS_ADMIN; for all but `user`, user namespaces will do"
+    return Check("isolation", "missing" if len(facts.isolation) == len(keys) else "limited", message, advice)
 
 
 def _llamacpp(facts: Facts) -> Check:

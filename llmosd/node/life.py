@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -25,7 +26,7 @@ from llmosd.kernel import events as on
 from llmosd.kernel.ledger import Grant
 from llmosd.kernel.restart import ExitStatus
 from llmosd.kernel.spec import Limits
-from llmosd.launch.gate import FIRST_GRANT, HOPELESS, Gate, Order, SetUpError
+from llmosd.launch.gate import FIRST_GRANT, FORBIDDEN, HOPELESS, ISOLATION, Gate, Order, SetUpError, User
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
 from llmosd.node.groups import Group
@@ -39,6 +40,7 @@ T = TypeVar("T")
 REAPED_WITHIN_S: Final = 2.0
 #: Seconds between two SIGKILLs to a group that does not go.
 KILL_AGAIN_S: Final = 2.0
+_LAST_WORDS_BYTES: Final = 1000
 
 
 class Birth(msgspec.Struct, frozen=True):
@@ -101,7 +103,7 @@ class Life:
     async def begin(self, effect: do.Spawn, program: Program) -> None:
         """Spawn, hold at the gate, put into the group and on record, let go. Ends with Spawned or SpawnFailed."""
         try:
-            await self._in_thread(lambda: self._prepare())
+            await self._in_thread(lambda: self._prepare(program.order.user))
             gate = self._open_gate(program)
         except OSError as error:
             self._fail(on.SpawnFailed(self.worker, self.incarnation, "spawn", str(error)))
@@ -125,9 +127,11 @@ class Life:
         self._loop.add_reader(self._pidfd, self._on_exit)
         self._emit(on.Spawned(self.worker, self.incarnation, self.pid, self.birth.identity, self.birth.token))
 
-    def _prepare(self) -> None:
+    def _prepare(self, user: User | None) -> None:
         shutil.rmtree(self.birth.scratch, ignore_errors=True)
         self.birth.scratch.mkdir(mode=0o700, parents=True)
+        if user is not None:
+            os.chown(self.birth.scratch, user.uid, user.gid)
 
     def _open_gate(self, program: Program) -> Gate:
         log = os.open(self.birth.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -172,7 +176,8 @@ class Life:
         if error.step == "exec":
             why = f"cannot run {program.order.argv[0]}: {os.strerror(error.errno)}"
             return on.SpawnFailed(self.worker, self.incarnation, "exec", why, error.errno in HOPELESS)
-        return on.SpawnFailed(self.worker, self.incarnation, error.step, str(error))
+        for_good = error.step in ISOLATION and error.errno in FORBIDDEN
+        return on.SpawnFailed(self.worker, self.incarnation, error.step, str(error), for_good)
 
     def _fail(self, event: on.SpawnFailed) -> None:
         self._forget()
@@ -273,7 +278,14 @@ class Life:
     def _last_words(self, signal_number: int | None) -> str:
         """What is known of its end: the host's record of how its engine ended, or that the OOM killer took it."""
         try:
-            return (self.birth.scratch / "engine-exit").read_text(errors="replace")[:1000]
+            # The directory may be another user's: nothing that he put there leads to what is not his.
+            harmless = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(self.birth.scratch / "engine-exit", harmless)
+            with os.fdopen(fd, "rb") as file:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                    return ""
+                return file.read(_LAST_WORDS_BYTES).decode(errors="replace")
         except OSError:
             pass  # it wrote none
         if signal_number != signal.SIGKILL or self._record is None:

@@ -87,6 +87,8 @@ class Node:
         self.confinement, self.groups = maker
         self.measured: dict[str, Measured] = {}
         self._name = name
+        #: Children of this process that are nobody's worker, and their starter's to wait for.
+        self.helpers: set[int] = set()
         self._records = runtime / "workers"
         self._scratch = runtime / "scratch"
         self._logs = logs
@@ -265,16 +267,17 @@ class Node:
     def _kill_strays(self) -> None:
         """Whoever became our child outlived its leader, and has shed everything by which its group could find it."""
         for _ in range(_STRAY_ROUNDS):
-            strays = [pid for pid in children() if not self._is_leader(pid)]
-            if not strays:
+            suspects = [pid for pid in children() if not self._is_leader(pid)]
+            if not suspects:
                 return
-            for pid in strays:
-                signal_process(pid, signal.SIGKILL)
+            time.sleep(0.01)  # whoever has just started one gets to say so
+            for pid in suspects:
+                if not self._is_leader(pid):
+                    signal_process(pid, signal.SIGKILL)
             reap_orphans(self._is_leader)
-            time.sleep(0.01)
 
     def _is_leader(self, pid: int) -> bool:
-        return any(life.pid == pid for life in list(self._lives.values()))
+        return pid in self.helpers or any(life.pid == pid for life in list(self._lives.values()))
 
     def _look_at(self, lives: list[Life]) -> list[Look]:
         """One thread's work for several workers: handing it over costs more than looking at one that is idle."""

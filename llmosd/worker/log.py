@@ -18,7 +18,11 @@ class WorkerLog:
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError:
+            # A host that runs as a user of its own has no way into the directory: only what it was born with.
+            self._fd = os.dup(1)
         self._size = os.fstat(self._fd).st_size
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -39,7 +43,15 @@ class WorkerLog:
         self.write(f"llmosd: {text}\n".encode())
 
     def _rotate(self) -> None:
-        self._path.replace(self._path.with_name(self._path.name + ".1"))
+        try:
+            self._path.replace(self._path.with_name(self._path.name + ".1"))
+        except OSError:
+            # Then the daemon keeps an older part, when it next looks. Until then nothing may fill the disk.
+            self._size = os.fstat(self._fd).st_size
+            if self._size > self._max_bytes:
+                os.ftruncate(self._fd, 0)
+                self._size = 0
+            return
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         os.dup2(fd, 1)
         os.dup2(fd, 2)

@@ -52,7 +52,7 @@ test-long: $(HAVE_DEV)  ## the daemon killed at every failpoint, chaos, more see
 run: $(HAVE_DEMO)  ## a daemon in the foreground with that model, for exploring
 	@$(RUN) $(ARGS)
 
-bench: $(HAVE_DEV)  ## measure: ratios against libzmq's own proxy and a bare engine
+bench: $(HAVE_DEV)  ## measure: ratios against libzmq's proxy, a bare engine, circus and supervisord
 	@$(BENCH) $(ARGS)
 
 style: $(HAVE_DEV)  ## ruff: formatting and lint
@@ -71,7 +71,7 @@ docs: $(HAVE_DEV)  ## write the generated documents again, from the declarations
 	@$(BIN)/python -m llmos.cli.reference > docs/cli.md
 
 clean:  ## remove what make made: .venv, the demo's files, caches
-	rm -rf .venv .demo .vm .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .demo .vm .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:

@@ -60,6 +60,10 @@ class Machine:
 
     def start(self, *, gateway: bool = False) -> None:
         """Start the daemon, and wait until it answers. With `gateway`, HTTP is at `url`."""
+        self.launch(gateway=gateway)
+        wait_for("daemon that answers", self.answers)
+
+    def launch(self, *, gateway: bool = False) -> None:
         settings = "[gateway]\nenabled = false\n"
         if gateway:
             listen = f"127.0.0.1:{free_port()}"
@@ -69,7 +73,12 @@ class Machine:
         with (self.root / "daemon.log").open("ab") as log:
             command = [sys.executable, "-m", "llmosd", "--root", str(self.root)]
             self._daemon = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd="/")
-        wait_for("daemon that answers", self._answers)
+
+    def kill(self) -> None:
+        """End the daemon with SIGKILL; its workers live on."""
+        assert self._daemon is not None
+        self._daemon.kill()
+        self._daemon.wait()
 
     def client(self) -> llmos.Client:
         return llmos.Client(str(self.runtime))
@@ -98,7 +107,7 @@ class Machine:
             daemon.kill()
             daemon.wait()
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         assert self._daemon is not None
         if self._daemon.poll() is not None:
             log = (self.root / "daemon.log").read_text(errors="replace")

@@ -166,13 +166,15 @@ class AsyncClient:
         """
         asked_at = time.monotonic()
         await self._call("Upgrade", "UpgradeRequest", repeatable=False)
-        while True:
-            status = await self.status()
+        while time.monotonic() < asked_at + timeout:
+            try:
+                status = await self.status()
+            except DaemonUnreachable:
+                continue  # between the programs
             if status.uptime < time.monotonic() - asked_at:
                 return status
-            if time.monotonic() > asked_at + timeout:
-                raise DaemonUnreachable(f"after {timeout:g} s the old program still serves. The daemon's log says why.")
             await asyncio.sleep(0.05)
+        raise DaemonUnreachable(f"after {timeout:g} s no new program serves. The daemon's log says why.")
 
     # -- workers --------------------------------------------------------------------------------------------
     # `name` is a model's, an alias's or a worker's. These come back when the command is taken on; `wait` for the rest.

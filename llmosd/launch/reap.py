@@ -9,7 +9,7 @@ import select
 import signal
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
@@ -86,16 +86,14 @@ def adopt_orphans() -> None:
         raise OSError(number, f"cannot become a subreaper: {os.strerror(number)}")
 
 
-def reap_orphans(is_known: Callable[[int], bool]) -> int:
+def reap_orphans(known: Callable[[], Collection[int]]) -> int:
     """Reap the children that came to us as orphans and have ended. Returns how many.
 
-    `is_known`: whether somebody else waits for a child. It is asked after the child was seen, so that one born
+    `known`: the children that somebody else waits for. It is asked after the children were seen, so that one born
     meanwhile is known too. Each other child is waited for by its own number.
     """
     count = 0
-    for pid in children():
-        if is_known(pid):
-            continue
+    for pid in set(children()).difference(known()):
         try:
             count += os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
         except ChildProcessError:
@@ -116,7 +114,7 @@ def kill_descendants(timeout_s: float) -> bool:
                 os.kill(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass  # reaped by another thread, or another user's by now: the daemon's kill is the last word
-        reap_orphans(lambda pid: False)
+        reap_orphans(lambda: ())
         if time.monotonic() > deadline:
             return False
         time.sleep(_LOOK_AGAIN_S)

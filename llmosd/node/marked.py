@@ -17,6 +17,7 @@ from llmosd.kernel.spec import Limits
 from llmosd.node.cgroups import CgroupGroup
 from llmosd.node.counters import Counters
 from llmosd.node.groups import MARK, Group, signal_process
+from llmosd.node.processes import Claim, Processes
 from llmosd.node.records import Record, start_ticks
 
 #: Milliseconds between two looks for processes that appeared while their group was being killed.
@@ -32,13 +33,10 @@ class MarkedGroup:
 
     def __init__(self, leader: int, leader_ticks: int, mark: str) -> None:
         """`leader_ticks`: when the leader started. Once it is gone, its number may come to mean a stranger."""
-        self._leader = leader
-        self._leader_ticks = leader_ticks
-        self._mark = f"{MARK}={mark}".encode()
+        self.claim = Claim(leader, leader_ticks, f"{MARK}={mark}".encode())
 
     def enter(self, pid: int) -> None:
-        self._leader = pid
-        self._leader_ticks = start_ticks(pid) or 0
+        self.claim = Claim(pid, start_ticks(pid) or 0, self.claim.mark)
 
     def limit(self, limits: Limits, before: Limits | None) -> list[str]:
         return []  # each process has its own
@@ -47,36 +45,7 @@ class MarkedGroup:
         return Counters()  # nobody counts them together
 
     def members(self) -> list[int]:
-        if not self._leader:
-            return []
-        # A number is not given out again while it names a session, so with a stranger's the session is his as well.
-        leader = self._leader if start_ticks(self._leader) in (self._leader_ticks, None) else -1
-        parents: dict[int, int] = {}
-        found: set[int] = set()
-        for entry in os.scandir("/proc"):
-            if not entry.name.isdigit():
-                continue
-            pid = int(entry.name)
-            try:
-                stat = Path(entry.path, "stat").read_bytes()
-                fields = stat.rpartition(b")")[2].split()
-                if fields[0] in (b"Z", b"X"):
-                    continue
-                parents[pid] = int(fields[1])
-                if leader in (pid, int(fields[3])) or self._is_marked(entry.path):
-                    found.add(pid)
-            except (OSError, IndexError):
-                continue  # it ended while we looked, or is not ours to look at
-        grown = True
-        while grown:
-            more = {pid for pid, parent in parents.items() if parent in found and pid not in found}
-            found |= more
-            grown = bool(more)
-        found.discard(os.getpid())
-        return sorted(found)
-
-    def _is_marked(self, path: str) -> bool:
-        return self._mark in Path(path, "environ").read_bytes().split(b"\0")
+        return sorted(Processes().read([self.claim])[0])
 
     def kill(self) -> None:
         # Stopped first, until a look finds nobody new: what is killed one by one could fork faster than that.
@@ -116,7 +85,7 @@ class MarkedGroup:
 
     def is_frozen(self) -> bool:
         try:
-            return Path(f"/proc/{self._leader}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+            return Path(f"/proc/{self.claim.leader}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
         except OSError:
             return False
 

@@ -28,6 +28,7 @@ from llmosd.node.confine.choice import Maker
 from llmosd.node.counters import Counters
 from llmosd.node.groups import signal_process
 from llmosd.node.life import Birth, Life, Program
+from llmosd.node.looks import Due, Looks
 from llmosd.node.oomlog import OomLog
 from llmosd.node.records import Record
 from llmosd.node.strain import may_strain
@@ -102,6 +103,7 @@ class Node:
         self._limits: dict[str, Limits] = {}
         self._meters: dict[str, CpuMeter] = {}
         self._oom = OomLog()
+        self._looks = Looks()
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
         self._tasks: set[asyncio.Task[None]] = set()
         adopt_orphans()
@@ -256,34 +258,34 @@ class Node:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_S)
-            await self._in_thread(lambda: reap_orphans(self._is_leader))
+            await self._in_thread(lambda: reap_orphans(self._leaders))
             if not self.groups.exact:
                 await self._in_thread(self._kill_strays)
             lives = [life for life in self._lives.values() if life.pid]
-            for start in range(0, len(lives), _LOOKED_AT_ONCE):
-                for look in await self._in_thread(partial(self._look_at, lives[start : start + _LOOKED_AT_ONCE])):
+            due = await self._in_thread(partial(self._looks.due, lives, self._limits))
+            for start in range(0, len(due), _LOOKED_AT_ONCE):
+                for look in await self._in_thread(partial(self._look_at, due[start : start + _LOOKED_AT_ONCE])):
                     self._note(look)
 
     def _kill_strays(self) -> None:
         """Whoever became our child outlived its leader, and has shed everything by which its group could find it."""
         for _ in range(_STRAY_ROUNDS):
-            suspects = [pid for pid in children() if not self._is_leader(pid)]
+            suspects = set(children()) - self._leaders()
             if not suspects:
                 return
             time.sleep(0.01)  # whoever has just started one gets to say so
-            for pid in suspects:
-                if not self._is_leader(pid):
-                    signal_process(pid, signal.SIGKILL)
-            reap_orphans(self._is_leader)
+            for pid in suspects - self._leaders():
+                signal_process(pid, signal.SIGKILL)
+            reap_orphans(self._leaders)
 
-    def _is_leader(self, pid: int) -> bool:
-        return pid in self.helpers or any(life.pid == pid for life in list(self._lives.values()))
+    def _leaders(self) -> set[int]:
+        return self.helpers | {life.pid for life in list(self._lives.values())}
 
-    def _look_at(self, lives: list[Life]) -> list[Look]:
+    def _look_at(self, due: list[Due]) -> list[Look]:
         """One thread's work for several workers: handing it over costs more than looking at one that is idle."""
         looks = []
-        for life in lives:
-            usage = sample(life.group.members())
+        for life, members in due:
+            usage = sample(life.group.members() if members is None else members)
             limits = self._limits[life.worker]
             over = self.confinement.over_limit(limits, usage)
             if over:

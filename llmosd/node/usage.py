@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
+from llmosd.node.processes import read
+
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
-_PROC: Final = Path("/proc")
 
 
 class ProcessId(NamedTuple):
@@ -52,16 +52,15 @@ def sample(pids: Iterable[int], *, exact: bool = False) -> Usage:
     memory = resident = threads = 0
     cpu: dict[ProcessId, float] = {}
     for pid in set(pids):
-        directory = _PROC / str(pid)
         try:
-            process, cpu_s, thread_count = _read_stat(directory)
-            sizes = _sizes(directory / "status")
-            bound = sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0)
-            memory += _proportional(directory, bound) if exact else bound
+            process, cpu_s, thread_count = _read_stat(pid)
+            sizes = _sizes(f"/proc/{pid}/status", b"VmRSS:", b"RssAnon:", b"RssShmem:")
+            bound = sizes[b"RssAnon:"] + sizes[b"RssShmem:"]
+            memory += _proportional(pid, bound) if exact else bound
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended
         cpu[process] = cpu_s
-        resident += sizes.get("VmRSS", 0)
+        resident += sizes[b"VmRSS:"]
         threads += thread_count
     return Usage(sum(cpu.values()), memory, resident, len(cpu), threads, cpu, taken_ticks)
 
@@ -100,34 +99,32 @@ def _cpu_between(before: Usage, after: Usage) -> float:
     return total
 
 
-def _read_stat(directory: Path) -> tuple[ProcessId, float, int]:
+def _read_stat(pid: int) -> tuple[ProcessId, float, int]:
     """(process, CPU seconds, threads). The name in parentheses may hold spaces and parentheses: proc_pid_stat(5)."""
-    text = (directory / "stat").read_text(errors="replace")
-    fields = text[text.rindex(")") + 2 :].split()
-    # `fields` begins with the manual's field 3
+    line = read(f"/proc/{pid}/stat")
+    # From the manual's field 3 on.
+    fields = line[line.rindex(b")") + 2 :].split(None, 20)
     cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-    return ProcessId(int(directory.name), int(fields[19])), cpu_s, int(fields[17])
+    return ProcessId(pid, int(fields[19])), cpu_s, int(fields[17])
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """Lines such as `RssAnon:  112 kB`, in bytes. A zombie has none."""
-    sizes: dict[str, int] = {}
-    for line in path.read_text(errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if value.endswith(" kB"):
-            sizes[name] = int(value.split()[0]) * 1024
+def _sizes(path: str, *names: bytes) -> dict[bytes, int]:
+    """Lines such as `RssAnon:  112 kB`, in bytes; 0 for one that is not there. A zombie has none."""
+    text = read(path)
+    sizes = {}
+    for name in names:
+        at = text.find(b"\n" + name)
+        sizes[name] = int(text[at + len(name) + 1 :].split(None, 1)[0]) * 1024 if at >= 0 else 0
     return sizes
 
 
-def _proportional(directory: Path, bound: int) -> int:
+def _proportional(pid: int, bound: int) -> int:
     """Like `bound`, with what is shared divided by its users; `bound` itself where we may not look (ptrace(2))."""
     if bound == 0:
         return 0  # a zombie, say, has no smaps
     try:
-        sizes = _sizes(directory / "smaps_rollup")
+        sizes = _sizes(f"/proc/{pid}/smaps_rollup", b"Pss_Anon:", b"Pss_Shmem:")
     except PermissionError:
         return bound
     # Not below 5.3, the kernel that told them apart: there the bound stands.
-    if "Pss_Anon" not in sizes:
-        return bound
-    return sizes["Pss_Anon"] + sizes.get("Pss_Shmem", 0)
+    return sum(sizes.values()) or bound

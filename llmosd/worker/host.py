@@ -224,7 +224,7 @@ class Host:
             # Not by SIGCHLD: uvloop keeps that for itself. Children of an engine that lives in this process are its
             # own to wait for.
             if self._driver.engine_pid != os.getpid():
-                reap_orphans(lambda pid: pid == self._driver.engine_pid)
+                reap_orphans(lambda: (self._driver.engine_pid,))
 
 
 def _done(run: f.Run, end: Finished, made: int) -> f.Done:

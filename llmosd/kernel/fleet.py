@@ -23,6 +23,9 @@ from llmosd.kernel.units import Seconds
 from llmosd.kernel.worker import Model, Worker
 
 SIGTERM: Final = 15
+#: Seconds that the node has to spawn a process, on a machine on which a thousand are to be. The worker's own
+#: `timeouts.start` begins when it is there.
+SPAWN_S: Final = 300.0
 #: Seconds of silence after which a worker that ought to speak is asked for its HELLO.
 PROBE_S: Final = 2.0
 #: States in which a worker is asked when it is silent: those in which one lost message would make it wait for ever.
@@ -85,7 +88,7 @@ class Fleet:
         """The deadlines of the state just entered."""
         times, state = worker.spec.timeouts, worker.state
         span: Seconds | float | None = {
-            State.STARTING: times.start,
+            State.STARTING: SPAWN_S,
             State.ADOPTED: times.start,
             State.LOADING: times.load,
             State.WAKING: times.load,

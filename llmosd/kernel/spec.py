@@ -183,7 +183,7 @@ class Restart(Declared, frozen=True, kw_only=True):
 class Timeouts(Declared, frozen=True, kw_only=True):
     """How long each step of a worker's life may take."""
 
-    start: Annotated[Seconds, doc("from spawn until the host says HELLO")] = Seconds(30)
+    start: Annotated[Seconds, doc("from its process's first moment until the host says HELLO")] = Seconds(30)
     load: Annotated[Seconds, doc("without progress while the engine loads")] = Seconds(600)
     drain: Annotated[Seconds, doc("for requests that run when the worker is stopped")] = Seconds(30)
     stop: Annotated[Seconds, doc("from SIGTERM to SIGKILL")] = Seconds(10)

@@ -58,6 +58,8 @@ class Supervisor:
             self._out.append(do.Signal(worker.name, worker.incarnation, SIGTERM, stops=True))
         elif not worker.spec.engine.hosted:
             self._fleet.fire(worker, Trigger.LOADED, now)
+        elif worker.state is State.STARTING:
+            self._timers.set(("state", worker.name), now + worker.spec.timeouts.start)
 
     def spawn_failed(self, event: on.SpawnFailed, now: float) -> None:
         worker = self._alive(event.worker, event.incarnation)

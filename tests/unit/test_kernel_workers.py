@@ -11,7 +11,7 @@ from llmosd.kernel import events as on
 from llmosd.kernel.lifecycle import State
 from llmosd.kernel.restart import ExitStatus
 from llmosd.kernel.spec import ModelSpec, Restart, Simulated
-from tests.unit.shell import Shell, rid_of, spec
+from tests.unit.shell import TOKEN, Shell, rid_of, spec
 
 ONE, TWO = rid_of(1), rid_of(2)
 
@@ -39,6 +39,26 @@ def test_workers_are_started_for_the_requests_there_are_and_within_bounds() -> N
         shell.submit(rid_of(number))
         spawns += shell.all(do.Spawn)
     assert [spawn.worker for spawn in spawns] == ["m@1", "m@2"]
+
+
+def test_the_time_to_start_begins_when_the_process_is_there() -> None:
+    """Of a thousand that are started at once, the last ones wait for the machine and not for themselves."""
+    shell = Shell(spec(minimum=1))
+    spawn = shell.only(do.Spawn)
+    shell.wait(60)
+    assert shell.state("m@1") == State.STARTING
+    shell.tell(on.Spawned("m@1", spawn.incarnation, 42, b"p" * 16, TOKEN))
+    shell.wait(29)
+    assert shell.state("m@1") == State.STARTING
+    shell.wait(2)
+    assert shell.state("m@1") == State.STOPPING
+    assert "no progress in 30s while starting" in shell.kernel.workers()[0].why
+
+
+def test_what_is_never_spawned_is_given_up_in_the_end() -> None:
+    shell = Shell(spec(minimum=1))
+    shell.wait(301)
+    assert shell.state("m@1") == State.STOPPING
 
 
 def test_a_model_with_a_minimum_is_started_unasked_once_the_devices_are_counted() -> None:

@@ -44,6 +44,8 @@ SECTIONS: Final[dict[str, type[spec.Declared]]] = {
     "scale": spec.Scale,
     "restart": spec.Restart,
     "timeouts": spec.Timeouts,
+    "ready": spec.Ready,
+    "liveness": spec.Liveness,
 }
 UNITS: Final = """\
 ## Quantities

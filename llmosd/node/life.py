@@ -47,6 +47,8 @@ class Birth(msgspec.Struct, frozen=True):
     #: A directory of its own that ends with it.
     scratch: Path
     log_file: Path
+    #: The size of the log file when it was born.
+    log_start: int = 0
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -153,6 +155,7 @@ class Life:
             limits=effect.limits,
             grant=effect.grant,
             cgroup=self.group.cgroup,
+            log_start=self.birth.log_start,
         )
         records.write(self._directory, self._record)
         failpoint("spawn.recorded")
@@ -236,6 +239,10 @@ class Life:
     def note_limits(self, limits: object) -> None:
         """Limits were changed while it runs: on record, for the next daemon."""
         self._spawn_task(self._in_thread(lambda: self._write(limits=limits)))
+
+    async def note(self, **changes: object) -> None:
+        """What the next daemon must know of it."""
+        await self._in_thread(lambda: self._write(**changes))
 
     def _write(self, **changes: object) -> None:
         with self._record_lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,8 @@ class HttpEngine:
     def __init__(
         self, url: str, *, model: str, served_name: str = "", socket: str = "", headers: Mapping[str, str] = {}
     ) -> None:
+        #: When something of an answer came from it, in monotonic seconds.
+        self.heard_at = 0.0
         self._url = url.rstrip("/")
         self._model = model
         self._served_name = served_name or model
@@ -59,6 +62,16 @@ class HttpEngine:
             pass  # not listening yet: whether it ever will is for the caller's deadline
         return False
 
+    async def ask(self, path: str) -> str:
+        """Why a GET is not answered with 2xx, or "". Waits for as long as it takes."""
+        # Not kept alive: a server that serves one connection at a time would wait for another question on it.
+        headers = {"connection": "close"}
+        try:
+            async with self._session.get(self._url + path, headers=headers, allow_redirects=False) as answer:
+                return "" if 200 <= answer.status < 300 else f"it answers {answer.status} on {path}"
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return f"no answer on {path}: {error or type(error).__name__}"
+
     async def get_json(self, path: str) -> Any:
         """The decoded answer of a GET, or None."""
         try:
@@ -75,6 +88,7 @@ class HttpEngine:
         headers = {"content-type": "application/json"}
         try:
             async with self._session.post(self._url + call.path, data=body, headers=headers) as answer:
+                self.heard_at = time.monotonic()
                 if answer.status >= 400:
                     await self._fail(answer)
                 if answer.content_type == "text/event-stream":
@@ -116,6 +130,7 @@ class HttpEngine:
         prompt_tokens = completion_tokens = -1
         complete = call.path not in (CHAT, COMPLETIONS)
         async for data in _server_sent(answer):
+            self.heard_at = time.monotonic()
             if data == b"[DONE]":
                 complete = True
                 break

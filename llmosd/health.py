@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import math
+import os
 import re
 import socket
 import time
@@ -81,7 +82,9 @@ async def get(asked: Target) -> str:
                 await asyncio.get_running_loop().sock_connect(connection, (address, asked.port))
                 return await _status(connection, asked)
         except OSError as error:
-            refusal = refusal or f"no answer on {asked.url}: {error.strerror or error}"
+            # Not `strerror`: uvloop has its own words there, with the address once more.
+            cause = os.strerror(error.errno) if error.errno else str(error)
+            refusal = refusal or f"no answer on {asked.url}: {cause}"
     return refusal
 
 
@@ -112,16 +115,17 @@ async def until_hung(
     ask: Callable[[], Awaitable[str]],
     heard_at: Callable[[], float] = lambda: 0.0,
     sooner: asyncio.Event | None = None,
+    later_s: float = 0.0,
 ) -> str:
     """Ask again and again until it counts as hung; returns why.
 
     `ask` returns why there was no answer, or ""; `what` names its object. `heard_at` says when something else was
     heard from the one who is asked, in monotonic seconds: for an interval after that, it is left alone. `sooner`: ask
-    at once when it is set.
+    at once when it is set. `later_s`: so much is the first question put off.
     """
     sooner = sooner or asyncio.Event()
     interval_s = liveness.interval or math.inf
-    failures, since = 0, time.monotonic()
+    failures, since = 0, time.monotonic() + later_s
     while True:
         if (heard := heard_at()) > since:
             failures, since = 0, heard

@@ -93,7 +93,7 @@ class Printed:
         try:
             inode = self._path.stat().st_ino
         except FileNotFoundError:
-            return
+            return  # rotated, and there is no new one yet
         if self._sources and self._sources[-1].inode == inode:
             return
         self._sources.append(_Source(FileIO(self._path), 0 if self._sources else self._start))

@@ -7,6 +7,7 @@ read with bounds: no command can keep the daemon from its work by how it answers
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -117,7 +118,9 @@ class Probes:
 
     async def _until_hung(self, life: Life, liveness: Liveness) -> None:
         asked = target(liveness.http)
-        why = await until_hung(liveness, liveness.http, lambda: get(asked))
+        # A thousand that a new daemon takes over at once are not to be asked at once, again and again.
+        later_s = random.random() * liveness.interval
+        why = await until_hung(liveness, liveness.http, lambda: get(asked), later_s=later_s)
         self._emit(on.Unhealthy(life.worker, life.incarnation, f"hung: {why}"))
 
 

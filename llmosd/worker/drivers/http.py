@@ -34,15 +34,9 @@ class HttpEngine:
         self._url = url.rstrip("/")
         self._model = model
         self._served_name = served_name or model
-        connector: aiohttp.BaseConnector = (
-            aiohttp.UnixConnector(socket, limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-            if socket
-            else aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-        )
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        self._session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=dict(headers), auto_decompress=True, trust_env=False
-        )
+        self._session = _session(socket, headers, keepalive_timeout=_KEEP_ALIVE_S)
+        #: No connection of these is kept: an engine with one thread would wait on it for more, and be deaf to others.
+        self._health = _session(socket, headers, force_close=True)
 
     async def wait_ready(self, path: str, progress: Progress) -> None:
         """Ask until the engine answers 200. Whoever awaits this must watch the engine's process too."""
@@ -54,7 +48,7 @@ class HttpEngine:
     async def is_ready(self, path: str, progress: Progress) -> bool:
         try:
             timeout = aiohttp.ClientTimeout(total=5)
-            async with self._session.get(self._url + path, timeout=timeout) as answer:
+            async with self._health.get(self._url + path, timeout=timeout) as answer:
                 if answer.status == 200:
                     return True
                 progress(-1.0, f"the engine answers {answer.status} on {path}")
@@ -64,10 +58,8 @@ class HttpEngine:
 
     async def ask(self, path: str) -> str:
         """Why a GET is not answered with 2xx, or "". Waits for as long as it takes."""
-        # Not kept alive: a server that serves one connection at a time would wait for another question on it.
-        headers = {"connection": "close"}
         try:
-            async with self._session.get(self._url + path, headers=headers, allow_redirects=False) as answer:
+            async with self._health.get(self._url + path, allow_redirects=False) as answer:
                 return "" if 200 <= answer.status < 300 else f"it answers {answer.status} on {path}"
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return f"no answer on {path}: {error or type(error).__name__}"
@@ -82,6 +74,7 @@ class HttpEngine:
 
     async def close(self) -> None:
         await self._session.close()
+        await self._health.close()
 
     async def run(self, call: Call) -> AsyncGenerator[Item | Finished, None]:
         body, wants_usage = self._rewritten(call)
@@ -182,6 +175,18 @@ class HttpEngine:
                         body["id"], body["created"] = call.response_id, call.created
                     payload = msgspec.json.encode(body)
         return Finished(payload, answer.status, answer.content_type, prompt_tokens, completion_tokens)
+
+
+def _session(socket: str, headers: Mapping[str, str], **connections: Any) -> aiohttp.ClientSession:
+    connector: aiohttp.BaseConnector = (
+        aiohttp.UnixConnector(socket, limit=0, **connections)
+        if socket
+        else aiohttp.TCPConnector(limit=0, **connections)
+    )
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+    return aiohttp.ClientSession(
+        connector=connector, timeout=timeout, headers=dict(headers), auto_decompress=True, trust_env=False
+    )
 
 
 def read_key(path: str) -> dict[str, str]:

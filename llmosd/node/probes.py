@@ -86,7 +86,7 @@ class Probes:
             question.drop()
             printed.close()
         # On record first: the next daemon could not find a line that was cut away meanwhile.
-        await life.note(ready=True)
+        await self._note(life, ready=True)
         failpoint("ready.recorded")
         self._reading.discard(life.worker)
         self._emit(on.Ready(life.worker, life.incarnation))
@@ -100,7 +100,7 @@ class Probes:
             progressed, lines = await asyncio.get_running_loop().run_in_executor(self._executor, printed.read)
             if printed.was_cut and not cut_noted:
                 cut_noted = True
-                await life.note(log_start=0)
+                await self._note(life, log_start=0)
             if wanted is not None and wanted.found_in(lines):
                 wanted, why = None, f"waits for {ready.http}"
             pause_s = min(_LOOK_MAX_S, max(_LOOK_S, (time.monotonic() - began) / 10))
@@ -113,6 +113,12 @@ class Probes:
             if progressed or why != told:
                 told = why
                 self._emit(on.NotReady(life.worker, life.incarnation, why, progressed))
+
+    async def _note(self, life: Life, **changes: object) -> None:
+        try:
+            await life.note(**changes)
+        except OSError:
+            pass  # there is no room for it, say: then the next daemon asks again
 
     # -- liveness -------------------------------------------------------------------------------------------
 

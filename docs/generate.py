@@ -45,6 +45,8 @@ SECTIONS: Final[dict[str, type[spec.Declared]]] = {
     "restart": spec.Restart,
     "timeouts": spec.Timeouts,
     "isolation": spec.Isolation,
+    "ready": spec.Ready,
+    "liveness": spec.Liveness,
 }
 UNITS: Final = """\
 ## Quantities

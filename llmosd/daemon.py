@@ -147,7 +147,8 @@ class Daemon:
         if self._http is not None:
             if not any(event.spec.model == GATEWAY for event in survivors):
                 self._open_http(self._http)
-            self.feed(on.Apply(_NO_CALL, self.machine.overridden(gateway_spec(self._settings))))
+            gateway = gateway_spec(self._settings, self._http.health_url)
+            self.feed(on.Apply(_NO_CALL, self.machine.overridden(gateway)))
         _, _, refused = await self.machine.reload()
         for event in survivors:
             self.feed(event)
@@ -235,6 +236,7 @@ class Daemon:
             do.Signal: self.node.signal,
             do.KillGroup: self.node.kill_group,
             do.Freeze: self.node.freeze,
+            do.Probe: self.node.probe,
             do.Confine: self.node.confine,
             do.WatchClient: lambda effect: self._clients.watch(effect.peer, effect.pid),
             do.UnwatchClient: lambda effect: self._front.forget(effect.peer),

@@ -32,6 +32,7 @@ NAMES: Final = {
     "spawn.grouped": "the child is in its group, and on no record",
     "spawn.recorded": "the child is on record, and was not told to go",
     "spawn.gone": "the child was told to go; the kernel does not know",
+    "ready.recorded": "a command was found to be ready, and that is on record; the kernel does not know",
     "stop.recorded": "the intent to stop is on record, no signal was sent",
     "stop.signalled": "the leader was signalled",
     "kill.before": "the group is about to be killed",

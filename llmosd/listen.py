@@ -10,6 +10,7 @@ import os
 import socket
 from pathlib import Path
 
+from llmosd.health import target
 from llmosd.notify import listen_tcp
 
 #: Connections that may wait to be accepted; the kernel's own bound (net.core.somaxconn) is 4096 at most.
@@ -26,7 +27,8 @@ class HttpSocket:
     def __init__(self, address: str, fd: int = -1) -> None:
         """`address`: ``host:port``. `fd`: a socket that listens already."""
         self._address = address
-        self._socket = socket.socket(fileno=fd) if fd >= 0 else None
+        self._passed = fd >= 0
+        self._socket = socket.socket(fileno=fd) if self._passed else None
 
     @property
     def is_open(self) -> bool:
@@ -49,7 +51,26 @@ class HttpSocket:
         host, _, port = self._address.rpartition(":")
         if self._socket is not None:
             host, port = self._socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
+        return f"http://{_bracketed(host)}:{port}"
+
+    @property
+    def health_url(self) -> str:
+        """Where this machine can ask the gateway how it is; "" where that is not known before it is opened, or nowhere.
+
+        Not by what is open: it must be the same for a daemon that opened the socket, and the next one that did not.
+        """
+        host, _, port = self._address.rpartition(":")
+        if self._passed and self._socket is not None:
+            if self._socket.family == socket.AF_UNIX:
+                return ""
+            host, port = self._socket.getsockname()[:2]
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://{_bracketed(host)}:{port}/health"
+        try:
+            target(url)
+        except ValueError:
+            return ""
+        return url
 
     def close(self) -> None:
         if self._socket is not None:
@@ -90,3 +111,8 @@ class BusSocket:
         self._socket.close()
         if self._is_ours:
             self._path.unlink(missing_ok=True)
+
+
+def _bracketed(host: str) -> str:
+    """An IPv6 address as it stands in a URL."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

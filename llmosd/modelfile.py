@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -11,11 +12,16 @@ import msgspec
 
 from llmosd.declared import DeclarationError, convert, read_toml
 from llmosd.failpoint import failpoint
-from llmosd.kernel.spec import KERNEL_LIMITS, Attached, Limits, ModelSpec
+from llmosd.health import target
+from llmosd.kernel.spec import KERNEL_LIMITS, Attached, Command, Limits, Liveness, LlamaCpp, ModelSpec, OpenAI, Ready
 from llmosd.kernel.units import encode_quantity
 
 #: Names that the daemon keeps for its own services.
 RESERVED: Final = frozenset({"gateway"})
+#: Longer ones may take long to compile.
+_EXPRESSION_CHARS_MAX: Final = 1000
+#: Shorter intervals would be a load of their own.
+_INTERVAL_MIN_S: Final = 0.1
 _WHOLE: Final = re.compile(r"-?[0-9]{1,19}")
 
 
@@ -56,9 +62,58 @@ def _problems(spec: ModelSpec) -> list[str]:
     ]
     if spec.isolation.private_network and isinstance(spec.engine, Attached):
         problems.append("isolation.private_network: an attached engine is somewhere else, and could not be reached")
+    problems += [*_ready_problems(spec), *_liveness_problems(spec), *_unreachable(spec)]
     if spec.aliases and spec.model in spec.aliases:
         problems.append(f"aliases: {spec.model!r} is the model's own name")
     return problems
+
+
+def _ready_problems(spec: ModelSpec) -> Iterator[str]:
+    ready, engine = spec.ready, spec.engine
+    if ready != Ready() and not isinstance(engine, Command):
+        asked = "engine.ready_path" if isinstance(engine, OpenAI | Attached) else "its host"
+        yield f"ready: is for driver command; when an engine of driver {engine.driver} is ready, {asked} tells"
+    if ready.http:
+        yield from _url_problems("ready.http", ready.http)
+    if len(ready.log) > _EXPRESSION_CHARS_MAX:
+        yield f"ready.log: has {len(ready.log)} characters; at most {_EXPRESSION_CHARS_MAX} are read"
+        return
+    try:
+        re.compile(ready.log)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield f"ready.log: {ready.log[:60]!r} is not a regular expression: {error}"
+
+
+def _liveness_problems(spec: ModelSpec) -> Iterator[str]:
+    liveness, engine = spec.liveness, spec.engine
+    if liveness == Liveness():
+        return
+    if isinstance(engine, Command):
+        if not liveness.http:
+            yield "liveness: a command is only asked where liveness.http says what"
+    elif not isinstance(engine, LlamaCpp | OpenAI | Attached):
+        yield f"liveness: an engine of driver {engine.driver} lives in its host, which timeouts.silence is for"
+    elif liveness.http:
+        yield f"liveness.http: is for driver command; an engine of driver {engine.driver} is asked where it gets ready"
+    if liveness.http:
+        yield from _url_problems("liveness.http", liveness.http)
+    if 0 < liveness.interval < _INTERVAL_MIN_S:
+        yield f"liveness.interval: at least {_INTERVAL_MIN_S * 1000:g}ms, or 0 for never, got {liveness.interval}"
+    if not liveness.timeout:
+        yield "liveness.timeout: nothing answers in no time"
+
+
+def _unreachable(spec: ModelSpec) -> Iterator[str]:
+    for key, url in (("ready.http", spec.ready.http), ("liveness.http", spec.liveness.http)):
+        if url and spec.isolation.private_network:
+            yield f"{key}: nobody outside can ask what runs in a private network; ready.log is what can be used"
+
+
+def _url_problems(key: str, url: str) -> Iterator[str]:
+    try:
+        target(url)
+    except ValueError as error:
+        yield f"{key}: {error}"
 
 
 def _has_nul(value: object) -> bool:

@@ -14,7 +14,7 @@ from llmosd.gateway.config import GatewayConfig
 from llmosd.isolation import Isolator
 from llmosd.kernel import effects as do
 from llmosd.kernel.ledger import Grant
-from llmosd.kernel.spec import Command, ModelSpec, Restart, Scale, Timeouts
+from llmosd.kernel.spec import Command, Liveness, ModelSpec, Ready, Restart, Scale, Timeouts
 from llmosd.kernel.units import Seconds
 from llmosd.launch.gate import FIRST_GRANT, Order, inherited_environment
 from llmosd.listen import HttpSocket
@@ -32,9 +32,9 @@ _PYTHON: Final = (sys.executable, "-P")
 ENGINE_OOM_SCORE: Final = 500
 
 
-def gateway_spec(settings: Settings) -> ModelSpec:
+def gateway_spec(settings: Settings, health_url: str) -> ModelSpec:
     """The gateway's own model file, so to speak. It has in it what its process is made from, so that a gateway of an
-    earlier daemon with other settings does not go on."""
+    earlier daemon with other settings does not go on. Its socket listens before it serves: it is asked when it does."""
     made_from = (settings.gateway.listen, settings.gateway.api_keys_file, str(int(settings.scheduler.body_max)))
     return ModelSpec(
         model=GATEWAY,
@@ -42,7 +42,9 @@ def gateway_spec(settings: Settings) -> ModelSpec:
         engine=Command(command=(GATEWAY,), args=made_from),
         scale=Scale(min=1, max=1),
         restart=Restart(policy="always", delay=Seconds(0.1), delay_max=Seconds(10), burst=0),
-        timeouts=Timeouts(stop=Seconds(5)),
+        timeouts=Timeouts(load=Seconds(60), stop=Seconds(5)),
+        ready=Ready(http=health_url),
+        liveness=Liveness(http=health_url),
     )
 
 
@@ -96,6 +98,7 @@ class Programs:
             token=birth.token,
             back_address=self._directories.back,
             engine=spec.engine,
+            liveness=spec.liveness,
             slots=limits.slots,
             threads=_threads(effect, launch),
             engine_order=Order(

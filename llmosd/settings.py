@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -11,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from llmosd.declared import DeclarationError, read_toml
+from llmosd.health import is_of_this_machine
 from llmosd.kernel.spec import Declared, doc
 from llmosd.kernel.units import Bytes, Seconds
 
@@ -137,16 +137,9 @@ def read(path: Path) -> Settings:
     host, _, port = settings.gateway.listen.rpartition(":")
     if int(port) > 65535:
         raise DeclarationError(f"{path}: gateway.listen: {port} is no port; they go to 65535")
-    if not _is_of_this_machine(host.strip("[]")):
+    if not is_of_this_machine(host.strip("[]")):
         raise DeclarationError(
             f"{path}: gateway.listen: {host} can be reached from outside this machine, which needs TLS and tokens; "
             "listen on 127.0.0.1, and put a proxy with TLS in front"
         )
     return settings
-
-
-def _is_of_this_machine(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name: whoever answers for it may change it

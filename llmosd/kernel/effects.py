@@ -7,7 +7,7 @@ import msgspec
 
 from llmos.protocol import frames as f
 from llmosd.kernel.ledger import Grant
-from llmosd.kernel.spec import Limits, ModelSpec
+from llmosd.kernel.spec import Limits, Liveness, ModelSpec, Ready
 
 
 class Effect(msgspec.Struct, frozen=True):
@@ -73,6 +73,16 @@ class Confine(Effect, frozen=True):
     incarnation: int
     limits: Limits
     grant: Grant
+
+
+class Probe(Effect, frozen=True):
+    """Ask a command whether it is ready, or whether it lives, and go on asking; with neither, stop asking. In place of
+    what was asked before. Answered by Ready and NotReady, or by Unhealthy."""
+
+    worker: str
+    incarnation: int
+    ready: Ready | None = None
+    liveness: Liveness | None = None
 
 
 class WatchClient(Effect, frozen=True):

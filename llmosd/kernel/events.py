@@ -103,6 +103,8 @@ class Adopted(Event, frozen=True):
     stopping: bool = False
     #: Its processes are stopped by the freezer or by SIGSTOP, and so cannot say HELLO.
     frozen: bool = False
+    #: A command that was found to be ready.
+    ready: bool = False
 
 
 class Exited(Event, frozen=True):
@@ -135,6 +137,30 @@ class Strained(Event, frozen=True):
     worker: str
     incarnation: int
     why: str
+
+
+class Ready(Event, frozen=True):
+    """All that a command was asked before it is ready was answered."""
+
+    worker: str
+    incarnation: int
+
+
+class NotReady(Event, frozen=True):
+    """A command was asked, and is not ready. `progressed`: it printed something since it was asked before."""
+
+    worker: str
+    incarnation: int
+    reason: str
+    progressed: bool
+
+
+class Unhealthy(Event, frozen=True):
+    """A command does not answer any more, or it cannot be told whether it is ready: it is to be ended so."""
+
+    worker: str
+    incarnation: int
+    reason: str
 
 
 class Counted(Event, frozen=True):

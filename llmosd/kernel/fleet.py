@@ -103,10 +103,23 @@ class Fleet:
         if state in _LISTENED_TO:
             worker.heard_at = now
             self._timers.arm(("silence", worker.name), now + PROBE_S)
+        if not worker.spec.engine.hosted:
+            self._probe(worker)
         if state is State.READY:
             worker.ready_at = worker.ready_at or now
             worker.progress = 1.0
             self.note_idle(worker, now)
+
+    def _probe(self, worker: Worker) -> None:
+        """What a command is asked in the state just entered: of one that is frozen or ends, nothing is expected."""
+        spec, name, life = worker.spec, worker.name, worker.incarnation
+        asked = bool(spec.liveness.http and spec.liveness.interval)
+        if worker.state is State.LOADING:
+            self._out.append(do.Probe(name, life, ready=spec.ready))
+        elif worker.state is State.READY and asked:
+            self._out.append(do.Probe(name, life, liveness=spec.liveness))
+        elif worker.state in (State.FROZEN, State.STOPPING) and (asked or spec.says_ready):
+            self._out.append(do.Probe(name, life))
 
     def _act(self, worker: Worker, action: Action, now: float) -> None:
         out, name, life = self._out, worker.name, worker.incarnation

@@ -20,7 +20,7 @@ from typing import Final
 class State(enum.StrEnum):
     STOPPED = "stopped"  # wanted down, or scaled to zero
     STARTING = "starting"  # spawned; the host has not said HELLO
-    LOADING = "loading"  # the host is up, the engine loads
+    LOADING = "loading"  # the host is up, the engine loads; or a command is not ready
     READY = "ready"  # takes requests
     DRAINING = "draining"  # finishes what it has, takes no more
     ASLEEP = "asleep"  # engine alive, its GPU memory given back
@@ -46,11 +46,11 @@ class Trigger(enum.StrEnum):
     ADOPT = "adopt"  # found alive when the daemon started
     TIMEOUT = "timeout"  # the state's own deadline passed
     # by the worker
-    HELLO = "hello"  # the host speaks; its engine loads
-    LOADED = "loaded"  # the engine takes requests
+    HELLO = "hello"  # the host speaks, its engine loads; or a command runs that says when it is ready
+    LOADED = "loaded"  # the engine takes requests; or a command is ready
     SLEPT = "slept"  # the engine gave its GPU memory back
     DRAINED = "drained"  # no request is left, nor any answer kept
-    HUNG = "hung"  # silent for too long while requests run
+    HUNG = "hung"  # silent for too long while requests run, or does not answer any more
     # by the node
     EXITED = "exited"  # its leader is gone; the group may not be
     # verdicts, once the group is empty or the spawn failed

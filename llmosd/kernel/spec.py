@@ -211,6 +211,28 @@ class Isolation(Declared, frozen=True, kw_only=True):
     ] = "auto"
 
 
+class Ready(Declared, frozen=True, kw_only=True):
+    """When a `command` is ready: `log` first, then `http`; without either, as soon as its process runs. Meanwhile it is
+    `loading`, for at most `timeouts.load` without printing anything. The other drivers know it by themselves."""
+
+    http: Annotated[str, doc("URL on this machine; GET on it answers 2xx")] = ""
+    log: Annotated[str, doc("regular expression; it is found in a line it prints, in the first 4096 bytes of it")] = ""
+
+
+class Liveness(Declared, frozen=True, kw_only=True):
+    """Whether a worker that is ready still answers. One that does not counts as hung, is killed, and restarted as
+    [restart] says; an `attached` engine is only taken for gone. Engines of `llamacpp`, `openai` and `attached` are
+    asked on their ready_path, and only when nothing was heard from them for an interval: tokens are a sign of life.
+    From the last one it takes `interval` * `failures` + `timeout` to tell that one hangs: an engine that answers
+    nothing while it reads a long prompt wants more than that prompt takes. A worker that was frozen gets all of it
+    again."""
+
+    http: Annotated[str, doc("for a `command`: URL on this machine; GET on it answers 2xx")] = ""
+    interval: Annotated[Seconds, doc("from one question to the next; 0: it is not asked")] = Seconds(10)
+    timeout: Annotated[Seconds, doc("for an answer")] = Seconds(5)
+    failures: Annotated[int, Meta(ge=1, le=1000, description="in a row, after which it counts as hung")] = 3
+
+
 class ModelSpec(Declared, frozen=True, kw_only=True):
     """A model, or a service: a file of models.d."""
 
@@ -224,6 +246,13 @@ class ModelSpec(Declared, frozen=True, kw_only=True):
     restart: Restart = Restart()
     timeouts: Timeouts = Timeouts()
     isolation: Isolation = Isolation()
+    ready: Ready = Ready()
+    liveness: Liveness = Liveness()
+
+    @property
+    def says_ready(self) -> bool:
+        """Whether its host, or the answer to a question, says when it is ready. Else it is when its process runs."""
+        return self.engine.hosted or self.ready != Ready()
 
     @property
     def routed(self) -> bool:

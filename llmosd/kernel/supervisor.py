@@ -57,9 +57,16 @@ class Supervisor:
         elif worker.state is State.STOPPING:
             self._out.append(do.Signal(worker.name, worker.incarnation, SIGTERM, stops=True))
         elif not worker.spec.engine.hosted:
-            self._fleet.fire(worker, Trigger.LOADED, now)
+            self._runs(worker, not worker.spec.says_ready, now)
         elif worker.state is State.STARTING:
             self._timers.set(("state", worker.name), now + worker.spec.timeouts.start)
+
+    def _runs(self, worker: Worker, ready: bool, now: float) -> None:
+        """A command's process runs."""
+        if ready:
+            self._fleet.fire(worker, Trigger.LOADED, now)
+        else:
+            self._fleet.fire(worker, Trigger.HELLO, now, "is not ready yet")
 
     def spawn_failed(self, event: on.SpawnFailed, now: float) -> None:
         worker = self._alive(event.worker, event.incarnation)
@@ -121,7 +128,7 @@ class Supervisor:
             if spec.limits != model.spec.limits:
                 fleet.confine(worker, model.spec.limits)
             if not spec.engine.hosted:
-                fleet.fire(worker, Trigger.LOADED, now)
+                self._runs(worker, event.ready or not spec.says_ready, now)
         if event.frozen and not fleet.fire(worker, Trigger.FREEZE, now, "frozen before the daemon started"):
             self._out.append(do.Freeze(worker.name, worker.incarnation, False))  # or it could not end
         fleet.settle_cpus()
@@ -140,6 +147,31 @@ class Supervisor:
         if worker is not None and worker.strain != event.why:
             worker.strain = event.why
             self._out.append(do.Happened("strained" if event.why else "relieved", worker.name, event.why, worker.model))
+
+    def ready(self, event: on.Ready, now: float) -> None:
+        if (worker := self._probed(event.worker, event.incarnation)) is not None and worker.state is State.LOADING:
+            self._fleet.fire(worker, Trigger.LOADED, now)
+
+    def not_ready(self, event: on.NotReady, now: float) -> None:
+        worker = self._probed(event.worker, event.incarnation)
+        if worker is None or worker.state is not State.LOADING:
+            return
+        worker.why = event.reason or worker.why
+        if event.progressed:
+            self._timers.set(("state", worker.name), now + worker.spec.timeouts.load)
+
+    def unhealthy(self, event: on.Unhealthy, now: float) -> None:
+        worker = self._probed(event.worker, event.incarnation)
+        if worker is None or worker.state not in (State.READY, State.LOADING):
+            return  # it was frozen meanwhile, or ends already
+        worker.failure_reason, worker.faulted = event.reason, True
+        trigger = Trigger.HUNG if worker.state is State.READY else Trigger.TIMEOUT
+        self._fleet.fire(worker, trigger, now, event.reason)
+
+    def _probed(self, name: str, incarnation: int) -> Worker | None:
+        """The worker, if it is a command: of the others their hosts tell how they are."""
+        worker = self._alive(name, incarnation)
+        return worker if worker is not None and not worker.spec.engine.hosted else None
 
     def counted(self, event: on.Counted, now: float) -> None:
         self._fleet.ledger.capacity = event.capacity
@@ -221,6 +253,8 @@ class Supervisor:
             span = times.load if state in (State.LOADING, State.WAKING) else times.start
             worker.faulted = True
             worker.failure_reason = f"no progress in {span} while {state}"
+            if not worker.spec.engine.hosted and worker.why:
+                worker.failure_reason += f": {worker.why}"
             fleet.fire(worker, Trigger.TIMEOUT, now, worker.failure_reason)
         else:
             fleet.fire(worker, Trigger.TIMEOUT, now, worker.why)
@@ -239,7 +273,7 @@ class Supervisor:
     def _silence_due(self, worker: Worker, now: float) -> None:
         """Ask a silent worker for a sign of life; one that works and stays silent is hung."""
         at_work = worker.state in (State.READY, State.DRAINING) and worker.running > 0
-        if not at_work and worker.state not in (State.LOADING, State.WAKING):
+        if not worker.spec.engine.hosted or (not at_work and worker.state not in (State.LOADING, State.WAKING)):
             return  # set again when there is something to hear
         silence = worker.spec.timeouts.silence
         if at_work and silence and now >= worker.heard_at + silence:
@@ -248,6 +282,6 @@ class Supervisor:
             self._fleet.fire(worker, Trigger.HUNG, now, worker.failure_reason)
             return
         probe_s = max(0.05, min(PROBE_S, silence / 4)) if silence else PROBE_S
-        if now >= worker.heard_at + probe_s and worker.spec.engine.hosted:
+        if now >= worker.heard_at + probe_s:
             self._out.append(do.ToWorker(worker.peer, f.Kind.HELLO, b"", f.Empty()))
         self._timers.set(("silence", worker.name), now + probe_s)

@@ -32,7 +32,7 @@ def judge(worker: Worker, now: float, seed: int) -> Verdict:
     if status is not None and status.code in restart.prevent_exit_codes:
         return Verdict(Trigger.GAVE_UP, f"{cause}; restart.prevent_exit_codes names it", worker.failures)
     # As for a unit of Type=notify, an end before READY=1 is a failure whatever the exit code (systemd: "protocol").
-    early = worker.spec.engine.hosted and not worker.ready_at and status is not None and status.clean
+    early = worker.spec.says_ready and not worker.ready_at and status is not None and status.clean
     if early and not worker.failure_reason:
         cause = f"{status} before it was ready"
     faulted = worker.faulted or early

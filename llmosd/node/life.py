@@ -23,9 +23,7 @@ import msgspec
 from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
-from llmosd.kernel.ledger import Grant
 from llmosd.kernel.restart import ExitStatus
-from llmosd.kernel.spec import Limits
 from llmosd.launch.gate import FIRST_GRANT, FORBIDDEN, HOPELESS, ISOLATION, Gate, Order, SetUpError, User
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
@@ -53,6 +51,8 @@ class Birth(msgspec.Struct, frozen=True):
     #: A directory of its own that ends with it.
     scratch: Path
     log_file: Path
+    #: The size of the log file when it was born.
+    log_start: int = 0
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -166,6 +166,7 @@ class Life:
             limits=effect.limits,
             grant=effect.grant,
             cgroup=self.group.cgroup,
+            log_start=self.birth.log_start,
         )
         records.write(self._directory, self._record)
         failpoint("spawn.recorded")
@@ -247,9 +248,9 @@ class Life:
         self.emptied.set()
         self.on_empty()
 
-    async def note_limits(self, limits: Limits, grant: Grant) -> None:
-        """Limits, or what it holds, were changed while it runs: on record, for the next daemon."""
-        await self._in_thread(lambda: self._write(limits=limits, grant=grant))
+    async def note(self, **changes: object) -> None:
+        """What the next daemon must know of it."""
+        await self._in_thread(lambda: self._write(**changes))
 
     def _write(self, **changes: object) -> None:
         with self._record_lock:

@@ -30,6 +30,8 @@ from llmosd.node.groups import signal_process
 from llmosd.node.life import Birth, Life, Program
 from llmosd.node.looks import Due, Looks
 from llmosd.node.oomlog import OomLog
+from llmosd.node.printed import size_of
+from llmosd.node.probes import Probes
 from llmosd.node.records import Record
 from llmosd.node.strain import may_strain
 from llmosd.node.usage import CpuMeter, Usage, sample
@@ -106,6 +108,7 @@ class Node:
         self._looks = Looks()
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._probes = Probes(emit, self._executor, lambda log: _cap(log, log_max_bytes), log_max_bytes)
         adopt_orphans()
 
     def open(self) -> None:
@@ -119,6 +122,7 @@ class Node:
         """Let go of everything; the workers live on."""
         for task in self._tasks:
             task.cancel()
+        await self._probes.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.groups.close()
         self._oom.close()
@@ -134,7 +138,8 @@ class Node:
         identity = b"\x01" + os.urandom(_IDENTITY_BYTES - 1)
         scratch = self._scratch / effect.worker
         mark = self._mark(effect.worker, effect.incarnation)
-        birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, self.log_file(effect.worker))
+        log = self.log_file(effect.worker)
+        birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, log, size_of(log))
         life = self._life(effect, birth)
         self._limits[effect.worker] = effect.limits
         try:
@@ -157,6 +162,10 @@ class Node:
     def kill_group(self, effect: do.KillGroup) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
             life.kill()
+
+    def probe(self, effect: do.Probe) -> None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+            self._probes.begin(effect, life)
 
     def freeze(self, effect: do.Freeze) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
@@ -186,7 +195,7 @@ class Node:
             return life.group.limit(limits, before) + self.confinement.apply(pids, limits, before)
 
         async with life.confining:
-            await life.note_limits(limits, effect.grant)
+            await life.note(limits=limits, grant=effect.grant)
             for sentence in await self._in_thread(apply):
                 self._warn(life.worker, sentence)
 
@@ -220,7 +229,8 @@ class Node:
 
     def _take_over(self, record: Record) -> on.Adopted | None:
         mark = self._mark(record.worker, record.incarnation)
-        birth = Birth(record.identity, record.token, mark, self._scratch / record.worker, self.log_file(record.worker))
+        scratch, log = self._scratch / record.worker, self.log_file(record.worker)
+        birth = Birth(record.identity, record.token, mark, scratch, log, record.log_start)
         if record.boot_id != records.boot_id():
             records.remove(self._records, record.worker)
             return None
@@ -251,6 +261,7 @@ class Node:
             started_at=record.started_at,
             stopping=record.stopping,
             frozen=group.is_frozen(),
+            ready=record.ready,
         )
 
     # -- looking --------------------------------------------------------------------------------------------
@@ -291,7 +302,8 @@ class Node:
             if over:
                 # Cheap figures may count shared pages twice: look closely before anything is killed.
                 over = self.confinement.over_limit(limits, sample(life.group.members(), exact=True))
-            _cap(life.birth.log_file, self._log_max_bytes)
+            if not self._probes.reads(life.worker):  # else whoever reads it cuts it, so that no line is missed
+                _cap(life.birth.log_file, self._log_max_bytes)
             looks_on = may_strain(limits) or bool(life.strain.why)
             strained = looks_on and life.strain.update(life.group.counters(), limits, time.monotonic())
             looks.append(Look(life, usage, over, strained))
@@ -332,6 +344,7 @@ class Node:
         return life
 
     def _gone(self, life: Life) -> None:
+        self._probes.end(life.worker)
         # A command without a host that printed much and ended was perhaps never looked at.
         self._spawn_task(self._in_thread(lambda: _cap(life.birth.log_file, self._log_max_bytes)))
         if self._lives.get(life.worker) is life:

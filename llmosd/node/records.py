@@ -40,6 +40,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: str = ""
     #: The intent is that it ends.
     stopping: bool = False
+    #: A command that was found to be ready.
+    ready: bool = False
+    #: Where in its log file this life begins, in bytes.
+    log_start: int = 0
 
 
 class RecordError(Exception):

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from llmosd.kernel.spec import AnyEngine
+from llmosd.kernel.spec import AnyEngine, Liveness
 from llmosd.kernel.units import decode_quantity, encode_quantity
 from llmosd.launch.gate import FIRST_GRANT, Order
 
@@ -29,6 +29,7 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     token: bytes
     back_address: str
     engine: AnyEngine
+    liveness: Liveness
     slots: int
     #: Whole CPUs for the engine's threads; at least 1.
     threads: int

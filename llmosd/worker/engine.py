@@ -85,6 +85,10 @@ class EngineProcess:
             self._signal(signal.SIGKILL)
             await asyncio.wait([self._ended], timeout=timeout)
 
+    def kill(self) -> None:
+        """SIGKILL, for an engine that hangs: it would not hear anything else."""
+        self._signal(signal.SIGKILL)
+
     def _signal(self, number: int) -> None:
         try:
             signal.pidfd_send_signal(self._pidfd, number)

@@ -12,8 +12,10 @@ from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.ledger import Grant
 from llmosd.kernel.lifecycle import ALIVE, State
 from llmosd.kernel.requests import OPEN, RequestState
+from llmosd.kernel.worker import Worker
 
 if TYPE_CHECKING:
+    from tests.simulation.node import Group
     from tests.simulation.world import World
 
 #: States that only something from outside or another worker's end leads out of.
@@ -124,6 +126,7 @@ def check_processes(world: World, kernel: Kernel) -> None:
         if worker.pid:  # else it is told once it is there
             assert kernel.fleet.ledger.grant_of(group.worker) == group.grant
             assert worker.in_force.allowed_cpus == group.limits.allowed_cpus
+        check_probe(group, worker)
 
 
 def check_cpus(world: World, kernel: Kernel) -> None:
@@ -145,6 +148,19 @@ def check_cpus(world: World, kernel: Kernel) -> None:
         assert cpus, f"{worker.name} may run nowhere"
     moved = [name for name, worker in kernel.fleet.workers.items() if worker.pid and worker.state is State.READY]
     assert not ledger.copy().repack(moved), "somebody could sit better"
+
+
+def check_probe(group: Group, worker: Worker) -> None:
+    """A command is ready only once it was found to be; it is asked what its state wants to know, and nothing else."""
+    if worker.spec.ready.http:
+        asked = (group.probe is not None and group.probe.ready, group.probe is not None and group.probe.liveness)
+        if worker.state is State.READY:
+            assert group.ready, f"{worker.name} is ready, and nobody found it to be"
+            assert asked == (None, worker.spec.liveness), f"nobody looks whether {worker.name} lives"
+        elif worker.state is State.LOADING:
+            assert asked == (worker.spec.ready, None), f"nobody looks whether {worker.name} is ready"
+        elif worker.state is State.FROZEN:
+            assert asked == (None, None), f"{worker.name} is frozen, and is asked"
 
 
 def check_to_client(world: World, effect: do.ToClient) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from llmosd.kernel.spec import (
     Command,
     Limits,
+    Liveness,
     ModelSpec,
+    Ready,
     Resources,
     Restart,
     Scale,
@@ -15,6 +17,7 @@ from llmosd.kernel.spec import (
 from llmosd.kernel.units import Bytes, CpuSet, Seconds
 
 GIB = 1 << 30
+_URL = "http://127.0.0.1:8080/health"
 _TIMES = Timeouts(start=Seconds(3), load=Seconds(5), drain=Seconds(8), stop=Seconds(2), silence=Seconds(8))
 
 
@@ -48,6 +51,11 @@ MODELS = {
         ModelSpec(
             model="service", kind="service", engine=Command(command=("serve",)), scale=Scale(min=1),
             restart=Restart(policy="always", delay=Seconds(0.1), delay_max=Seconds(2), burst=0), timeouts=_TIMES,
+        ),
+        ModelSpec(
+            model="asked", kind="service", engine=Command(command=("serve",)), scale=Scale(min=1),
+            restart=Restart(policy="always", delay=Seconds(0.1), delay_max=Seconds(2), burst=0), timeouts=_TIMES,
+            ready=Ready(http=_URL), liveness=Liveness(http=_URL),
         ),
     )
 }  # fmt: skip

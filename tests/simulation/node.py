@@ -37,6 +37,10 @@ class Group:
         #: No signal reaches it before this time.
         self.stuck_until = 0.0
         self.host: Host | None = None
+        #: What it is asked just now, and since when: what an earlier question led to comes too late.
+        self.probe: do.Probe | None = None
+        #: It was found to be ready, and that is on record.
+        self.ready = False
 
 
 class Node:
@@ -53,7 +57,7 @@ class Node:
     def carry_out(self, effect: do.Effect) -> None:
         if isinstance(effect, do.Spawn):
             self._spawn(effect)
-        elif isinstance(effect, do.Signal | do.KillGroup | do.Freeze | do.Confine):
+        elif isinstance(effect, do.Signal | do.KillGroup | do.Freeze | do.Confine | do.Probe):
             group = self.groups.get((effect.worker, effect.incarnation))
             if group is None or not group.running:
                 return  # too early or too late, as for any process
@@ -63,6 +67,9 @@ class Node:
             elif isinstance(effect, do.KillGroup):
                 group.stopping = True
                 self.kill(group)
+            elif isinstance(effect, do.Probe):
+                group.probe = effect
+                self._ask(group, effect, self._world.life)
             elif isinstance(effect, do.Freeze):
                 if group.host is not None:
                     group.host.freeze(effect.frozen)
@@ -100,6 +107,28 @@ class Node:
         self._later(spawned)
         if group.host is not None:
             self._clock.after(self._clock.between(0.005, 0.05), group.host.begin)
+
+    # -- questions ------------------------------------------------------------------------------------------
+
+    def _ask(self, group: Group, probe: do.Probe, life: int) -> None:
+        """A command gets ready sooner or later or never, and may hang."""
+        clock, trouble = self._clock, self._world.trouble
+        if group.probe is not probe or group.status is not None or life != self._world.life:
+            return
+        if self._world.kernel is None:
+            return
+        if probe.ready is not None and clock.happens(0.3):
+            group.ready = True
+            self._later(on.Ready(group.worker, group.incarnation))
+        elif probe.ready is not None:
+            if clock.happens(trouble * 0.05):
+                self._later(on.Unhealthy(group.worker, group.incarnation, "it cannot be told"))
+            self._later(on.NotReady(group.worker, group.incarnation, "not yet", clock.happens(0.5)))
+            clock.after(clock.between(0.05, 3.0), self._ask, group, probe, life)
+        elif probe.liveness is not None and clock.happens(trouble * 0.05):
+            self._later(on.Unhealthy(group.worker, group.incarnation, "hung"))
+        elif probe.liveness is not None:
+            clock.after(clock.between(0.5, 5.0), self._ask, group, probe, life)
 
     # -- ends -----------------------------------------------------------------------------------------------
 
@@ -158,7 +187,7 @@ class Node:
             self._world.tell(
                 on.Adopted(
                     group.worker, group.incarnation, group.pid, group.peer, group.token, group.spec, group.grant,
-                    group.limits, group.started_at, group.stopping,
+                    group.limits, group.started_at, group.stopping, ready=group.ready,
                 )
             )  # fmt: skip
             if group.status is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,22 @@ def test_without_llama_server_on_the_path_the_reason_is_given(a_machine: Machine
     a_machine.env["PATH"] = "/nowhere"
     a_machine.start()
     assert "put a llama-server on PATH" in a_machine.wait_worker("path@1", "backoff", "failed").why
+
+
+@pytest.mark.model
+def test_an_idle_engine_that_hangs_is_restarted_within_its_deadline(shared: Machine, gemma_weights: Path) -> None:
+    client = shared.client
+    liveness = '[liveness]\ninterval = "500ms"\ntimeout = "500ms"\nfailures = 2\n'
+    client.apply(gemma(gemma_weights, name="hanging") + liveness)
+    (name,) = client.start("hanging").workers
+    before = shared.wait_worker(name, "ready")
+    text = client.run("hanging", PROMPT, max_tokens=4, temperature=0).text
+    began = time.time()
+    os.kill(before.engine_pid, signal.SIGSTOP)
+    after = shared.wait_worker(name, "ready", not_pid=before.pid)
+    happened = {event.message: event.time for event in client.events() if event.subject == name}
+    hung = happened["the engine hung: no answer on /health in 500ms, 2 times in a row"]
+    assert hung - began < 0.5 * 2 + 0.5 + 2.0, "two seconds for a busy machine"
+    assert (after.restarts, after.engine_pid != before.engine_pid) == (1, True)
+    assert client.run("hanging", PROMPT, max_tokens=4, temperature=0).text == text
+    client.remove("hanging")

@@ -16,19 +16,23 @@ from llmosd.kernel.ledger import Capacity, Grant
 from llmosd.kernel.params import Params
 from llmosd.kernel.requests import sign_ticket
 from llmosd.kernel.restart import ExitStatus
-from llmosd.kernel.spec import ModelSpec
+from llmosd.kernel.spec import Command, Liveness, ModelSpec, Ready, Scale
 from tests.simulation import invariants
 from tests.unit.shell import TOKEN, peer_of, rid_of, spec
 
 KEY = b"key"
-SPECS = [spec("a", maximum=2), spec("b", minimum=1, slots=1, queue_max=2), spec("c", cpus=64)]
+URL = "http://127.0.0.1:80/"
+PLAIN = ModelSpec(
+    model="p", engine=Command(command=("p",)), scale=Scale(min=1), ready=Ready(http=URL), liveness=Liveness(http=URL)
+)
+SPECS = [spec("a", maximum=2), spec("b", minimum=1, slots=1, queue_max=2), spec("c", cpus=64), PLAIN]
 
 numbers = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 12) | st.sampled_from([1001, 1002, 1 << 40, 1 << 62])
 sizes = st.lists(numbers, max_size=3).map(tuple)
 rids = st.integers(1, 4).map(rid_of)
 peers = st.sampled_from([b"", b"c" * 16, b"d" * 16])
-names = st.sampled_from(["a", "b", "c", "a@1", "b@1", "a@2", "", "nobody"])
-workers = st.sampled_from(["a@1", "a@2", "b@1", "nobody"])
+names = st.sampled_from(["a", "b", "c", "p", "a@1", "b@1", "a@2", "p@1", "", "nobody"])
+workers = st.sampled_from(["a@1", "a@2", "b@1", "p@1", "nobody"])
 lives = st.sampled_from([0, 1001, 1002, 1003, 500])
 phases = st.sampled_from([*f.Phase, "nonsense"])
 texts = st.sampled_from(["", "deadline_exceeded", "why"])
@@ -88,11 +92,14 @@ EVENTS: list[st.SearchStrategy[on.Event]] = [
     st.builds(on.SpawnFailed, workers, lives, texts, texts, st.booleans()),
     st.builds(
         on.Adopted, workers, lives, numbers, worker_peers, st.just(TOKEN), specs, st.just(Grant()),
-        st.just(spec().limits), st.floats(allow_nan=False), st.booleans(),
+        st.just(spec().limits), st.floats(allow_nan=False), st.booleans(), st.booleans(), st.booleans(),
     ),
     st.builds(on.Exited, workers, lives, statuses, texts),
     st.builds(on.Emptied, workers, lives),
     st.builds(on.OverLimit, workers, lives, texts),
+    st.builds(on.Ready, workers, lives),
+    st.builds(on.NotReady, workers, lives, texts, st.booleans()),
+    st.builds(on.Unhealthy, workers, lives, texts),
     st.just(on.Counted(Capacity(4000, 8 << 30))),
     commands(on.Apply, specs),
     commands(on.Remove, names),

@@ -17,6 +17,8 @@ from llmosd.kernel.units import decode_quantity, encode_quantity
 from llmosd.modelfile import ModelDirectory, parse, parse_limits
 
 GOOD = 'model = "m"\n[engine]\ndriver = "simulated"\n'
+COMMAND = 'model = "m"\n[engine]\ndriver = "command"\ncommand = ["true"]\n'
+SERVER = 'model = "m"\n[engine]\ndriver = "openai"\ncommand = ["true"]\n'
 KEYS = sorted({
     name
     for kind in (ModelSpec, *(field.type for field in msgspec.structs.fields(ModelSpec)))
@@ -67,7 +69,11 @@ def test_any_toml_is_a_model_or_refused(data: dict[str, Any]) -> None:
     check("\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in data.items()))
 
 
-@given(st.sampled_from(["limits", "resources", "scale", "restart", "timeouts"]), st.sampled_from(KEYS), VALUES)
+@given(
+    st.sampled_from(["limits", "resources", "scale", "restart", "timeouts", "ready", "liveness"]),
+    st.sampled_from(KEYS),
+    VALUES,
+)
 def test_any_value_of_a_key_that_is_known_is_taken_or_refused(table: str, key: str, value: Any) -> None:
     check(f"{GOOD}[{table}]\n{key} = {toml(value)}")
 
@@ -78,6 +84,41 @@ def test_a_good_file_with_a_damaged_place_is_a_model_or_refused(data: st.DataObj
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, min(len(text), start + 20)))
     check(text[:start] + data.draw(st.text(max_size=10)) + text[end:])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (COMMAND + '[ready]\nhttp = "http://example.org/"', "ready.http: example.org is not this machine"),
+        (COMMAND + '[ready]\nhttp = "https://127.0.0.1/"', "ready.http: expected a URL such as http://127.0.0.1:8080/"),
+        (COMMAND + "[ready]\nlog = '(unclosed'", "ready.log: '(unclosed' is not a regular expression: missing )"),
+        (COMMAND + f"[ready]\nlog = '{'x' * 2000}'", "ready.log: has 2000 characters; at most 1000 are read"),
+        (
+            GOOD + "[ready]\nlog = 'x'",
+            "ready: is for driver command; when an engine of driver simulated is ready, its host",
+        ),
+        (SERVER + "[ready]\nlog = 'x'", "when an engine of driver openai is ready, engine.ready_path tells"),
+        (COMMAND + "[liveness]\ninterval = 3", "liveness: a command is only asked where liveness.http says what"),
+        (COMMAND + '[liveness]\nhttp = "http://10.0.0.1/"', "liveness.http: 10.0.0.1 is not this machine"),
+        (SERVER + '[liveness]\nhttp = "http://127.0.0.1/"', "liveness.http: is for driver command"),
+        (SERVER + "[liveness]\ninterval = 0.01", "liveness.interval: at least 100ms, or 0 for never, got 10ms"),
+        (SERVER + "[liveness]\ntimeout = 0", "liveness.timeout: nothing answers in no time"),
+        (SERVER + "[liveness]\nfailures = 0", "liveness.failures: expected a whole number from 1 to 1000, got 0"),
+        (GOOD + "[liveness]\ninterval = 3", "liveness: an engine of driver simulated lives in its host"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused(text: str, message: str) -> None:
+    with pytest.raises(DeclarationError) as caught:
+        parse(text, "m.toml")
+    assert message in str(caught.value)
+
+
+def test_what_can_be_asked_is_taken() -> None:
+    url = "http://localhost:8080/health"
+    spec = parse(f"{COMMAND}[ready]\nhttp = '{url}'\nlog = '^up$'\n[liveness]\nhttp = '{url}'\ninterval = 0", "m.toml")
+    assert (spec.ready.http, spec.ready.log, spec.liveness.http) == (url, "^up$", url)
+    assert spec.says_ready and not parse(COMMAND, "m.toml").says_ready
+    assert parse(SERVER + "[liveness]\ninterval = 0\ntimeout = '1m'", "m.toml").liveness.timeout == 60
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from llmosd.isolation import Isolator
 from llmosd.kernel import effects as do
 from llmosd.kernel.ledger import Grant
 from llmosd.kernel.spec import Command, Limits, ModelSpec, Simulated
@@ -22,7 +23,8 @@ from llmosd.worker.config import HostConfig
 def program(spec: ModelSpec, grant: Grant, limits: Limits) -> Program:
     here = Path("/nowhere")
     birth = Birth(b"i" * 16, b"t" * 32, "mark", here, here / "log")
-    programs = Programs(Directories(here, here, here, here), Settings(), None)
+    directories = Directories(here, here, here, here)
+    programs = Programs(directories, Settings(), None, Isolator(directories))
     return programs.program(do.Spawn("m@1", 1, spec, limits, grant), birth, ProcessConfinement())
 
 

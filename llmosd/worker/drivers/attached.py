@@ -7,16 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Final
 
+from llmosd.health import until_hung
 from llmosd.kernel.spec import Attached
 from llmosd.worker.config import HostConfig
 from llmosd.worker.drivers import Call, EngineBrokeOff, Finished, Item, Progress
 from llmosd.worker.drivers.http import HttpEngine, read_key
 
-_CHECK_S: Final = 2.0
-#: The same after a check that failed, or a request whose connection was lost.
-_CHECK_AGAIN_S: Final = 0.3
-#: Checks that must fail in a row before the engine counts as gone.
-_MISSES: Final = 3
+#: Seconds after which one who refused to answer is asked again, instead of `liveness.interval`.
+_AGAIN_S: Final = 0.3
 
 
 class AttachedEngine:
@@ -27,6 +25,7 @@ class AttachedEngine:
     def __init__(self, engine: Attached, config: HostConfig) -> None:
         self._engine = engine
         self._model = config.model
+        self._liveness = config.liveness
         self._http: HttpEngine | None = None
         self._suspect = asyncio.Event()
 
@@ -40,16 +39,16 @@ class AttachedEngine:
 
     async def ended(self) -> str:
         assert self._http is not None, "it is watched only after start"
-        misses = 0
-        while misses < _MISSES:
-            try:
-                await asyncio.wait_for(self._suspect.wait(), _CHECK_AGAIN_S if misses else _CHECK_S)
-            except TimeoutError:
-                pass  # time for the regular check
-            self._suspect.clear()
-            ready = await self._http.is_ready(self._engine.ready_path, lambda share, word: None)
-            misses = 0 if ready else misses + 1
-        return f"{self._engine.url}{self._engine.ready_path} does not answer any more"
+        http, path = self._http, self._engine.ready_path
+        why = await until_hung(self._liveness, path, self._ask, lambda: http.heard_at, self._suspect)
+        return f"{self._engine.url}{path} does not answer any more: {why}"
+
+    async def _ask(self) -> str:
+        assert self._http is not None
+        why = await self._http.ask(self._engine.ready_path)
+        if why:
+            asyncio.get_running_loop().call_later(_AGAIN_S, self._suspect.set)
+        return why
 
     async def run(self, call: Call) -> AsyncIterator[Item | Finished]:
         assert self._http is not None, "requests come only after start"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,18 +29,14 @@ class HttpEngine:
     def __init__(
         self, url: str, *, model: str, served_name: str = "", socket: str = "", headers: Mapping[str, str] = {}
     ) -> None:
+        #: When something of an answer came from it, in monotonic seconds.
+        self.heard_at = 0.0
         self._url = url.rstrip("/")
         self._model = model
         self._served_name = served_name or model
-        connector: aiohttp.BaseConnector = (
-            aiohttp.UnixConnector(socket, limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-            if socket
-            else aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-        )
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        self._session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=dict(headers), auto_decompress=True, trust_env=False
-        )
+        self._session = _session(socket, headers, keepalive_timeout=_KEEP_ALIVE_S)
+        #: No connection of these is kept: an engine with one thread would wait on it for more, and be deaf to others.
+        self._health = _session(socket, headers, force_close=True)
 
     async def wait_ready(self, path: str, progress: Progress) -> None:
         """Ask until the engine answers 200. Whoever awaits this must watch the engine's process too."""
@@ -51,13 +48,21 @@ class HttpEngine:
     async def is_ready(self, path: str, progress: Progress) -> bool:
         try:
             timeout = aiohttp.ClientTimeout(total=5)
-            async with self._session.get(self._url + path, timeout=timeout) as answer:
+            async with self._health.get(self._url + path, timeout=timeout) as answer:
                 if answer.status == 200:
                     return True
                 progress(-1.0, f"the engine answers {answer.status} on {path}")
         except (aiohttp.ClientError, OSError, TimeoutError):
             pass  # not listening yet: whether it ever will is for the caller's deadline
         return False
+
+    async def ask(self, path: str) -> str:
+        """Why a GET is not answered with 2xx, or "". Waits for as long as it takes."""
+        try:
+            async with self._health.get(self._url + path, allow_redirects=False) as answer:
+                return "" if 200 <= answer.status < 300 else f"it answers {answer.status} on {path}"
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return f"no answer on {path}: {error or type(error).__name__}"
 
     async def get_json(self, path: str) -> Any:
         """The decoded answer of a GET, or None."""
@@ -69,12 +74,14 @@ class HttpEngine:
 
     async def close(self) -> None:
         await self._session.close()
+        await self._health.close()
 
     async def run(self, call: Call) -> AsyncGenerator[Item | Finished, None]:
         body, wants_usage = self._rewritten(call)
         headers = {"content-type": "application/json"}
         try:
             async with self._session.post(self._url + call.path, data=body, headers=headers) as answer:
+                self.heard_at = time.monotonic()
                 if answer.status >= 400:
                     await self._fail(answer)
                 if answer.content_type == "text/event-stream":
@@ -116,6 +123,7 @@ class HttpEngine:
         prompt_tokens = completion_tokens = -1
         complete = call.path not in (CHAT, COMPLETIONS)
         async for data in _server_sent(answer):
+            self.heard_at = time.monotonic()
             if data == b"[DONE]":
                 complete = True
                 break
@@ -167,6 +175,18 @@ class HttpEngine:
                         body["id"], body["created"] = call.response_id, call.created
                     payload = msgspec.json.encode(body)
         return Finished(payload, answer.status, answer.content_type, prompt_tokens, completion_tokens)
+
+
+def _session(socket: str, headers: Mapping[str, str], **connections: Any) -> aiohttp.ClientSession:
+    connector: aiohttp.BaseConnector = (
+        aiohttp.UnixConnector(socket, limit=0, **connections)
+        if socket
+        else aiohttp.TCPConnector(limit=0, **connections)
+    )
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+    return aiohttp.ClientSession(
+        connector=connector, timeout=timeout, headers=dict(headers), auto_decompress=True, trust_env=False
+    )
 
 
 def read_key(path: str) -> dict[str, str]:

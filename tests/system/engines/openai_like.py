@@ -1,6 +1,9 @@
 """A real engine for tests: OpenAI's API over HTTP, from the standard library alone. What it says is words it counts.
 
     openai_like.py --port N [--rate TOKENS_A_SECOND] [--key KEY] [--served NAME] [--no-usage] [--print-bytes N]
+                   [--single]
+
+With --single it does one thing at a time: while it answers a request, it answers nothing else.
 
 Besides the API it tells what it saw: /seen has the requests, /active how many are being answered now. The prompt
 "teapot" is refused with an error body of its own; "drop" breaks the connection off after three tokens.
@@ -13,7 +16,7 @@ import json
 import os
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
@@ -25,6 +28,10 @@ class Engine(ThreadingHTTPServer):
     options: argparse.Namespace
     seen: list[dict[str, Any]]
     active = 0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        how = HTTPServer if self.options.single else ThreadingHTTPServer
+        how.process_request(self, request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -130,6 +137,7 @@ def main() -> None:
     parser.add_argument("--served", default="")
     parser.add_argument("--no-usage", action="store_true")
     parser.add_argument("--print-bytes", type=int, default=0)
+    parser.add_argument("--single", action="store_true")
     options = parser.parse_args()
     engine = Engine(("127.0.0.1", options.port), Handler)
     engine.options, engine.seen = options, []

@@ -126,7 +126,7 @@ class Daemon:
         self.node.open()
         survivors = await self.node.find_survivors()
         if self._http is not None:
-            if not any(event.spec.model == GATEWAY for event in survivors):
+            if not any(event.spec.model == GATEWAY and event.ended is None for event in survivors):
                 self._open_http(self._http)
             self.feed(on.Apply(_NO_CALL, self.machine.overridden(gateway_spec(self._settings))))
         _, _, refused = await self.machine.reload()
@@ -227,6 +227,7 @@ class Daemon:
             do.ToWorker: self._to_worker,
             do.Spawn: self.node.spawn,
             do.Signal: self.node.signal,
+            do.NoteDraining: self.node.note_draining,
             do.KillGroup: self.node.kill_group,
             do.Freeze: self.node.freeze,
             do.Confine: self.node.confine,

@@ -214,7 +214,7 @@ class Groups:
 
     def __init__(self, name: str) -> None:
         """`name`: unique to this daemon's runtime directory."""
-        self._name = name
+        self.name = name
         self._base = _cgroup_base(name)
 
     @property
@@ -228,7 +228,7 @@ class Groups:
 
     def mark(self, worker: str, incarnation: int) -> str:
         """The value of MARK in a worker's environment: unique on this machine."""
-        return f"{self._name}/{worker}-{incarnation}"
+        return f"{self.name}/{worker}-{incarnation}"
 
     def known(self, record: Record) -> Group:
         """The group of a worker that was alive before the daemon was."""

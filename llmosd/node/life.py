@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -29,10 +30,12 @@ from llmosd.node import records
 from llmosd.node.groups import Group
 from llmosd.node.records import Record
 
+log = logging.getLogger("llmosd")
 T = TypeVar("T")
 
 #: Seconds that somebody else's reaping of an adopted worker is waited for, to learn its exit status.
 REAPED_WITHIN_S: Final = 2.0
+CLEAN: Final = ExitStatus(code=0)
 #: Seconds between two SIGKILLs to a group that does not go.
 KILL_AGAIN_S: Final = 2.0
 
@@ -180,12 +183,13 @@ class Life:
         self._settled.set()
         self._loop.add_reader(pidfd, self._on_exit)
 
-    def take_over_remains(self, record: Record) -> None:
-        """Its leader is gone; whatever is left of its group must go too."""
+    def take_over_remains(self, record: Record) -> tuple[ExitStatus, str]:
+        """Its leader is gone, and what is left of its group waits for `kill`. Returns how it ended, as in Exited."""
         self._record = record
         self._settled.set()
         self._exited.set()
-        self.kill()
+        status = record.ended or records.end_of(record.pid, record.start_ticks)
+        return status, self._last_words() if status != CLEAN else ""
 
     # -- what is asked of it --------------------------------------------------------------------------------
 
@@ -233,6 +237,10 @@ class Life:
         self.emptied.set()
         self.on_empty()
 
+    def note_draining(self) -> None:
+        """It is to end when its requests are done: on record, for the next daemon."""
+        self._spawn_task(self._in_thread(lambda: self._write(draining=True)))
+
     def note_limits(self, limits: object) -> None:
         """Limits were changed while it runs: on record, for the next daemon."""
         self._spawn_task(self._in_thread(lambda: self._write(limits=limits)))
@@ -241,7 +249,11 @@ class Life:
         with self._record_lock:
             if self._record is not None:
                 self._record = msgspec.structs.replace(self._record, **changes)
-                records.write(self._directory, self._record)
+                try:
+                    records.write(self._directory, self._record)
+                except OSError as error:
+                    # A full disk keeps no worker from being stopped, nor its end from being told.
+                    log.error("%s: its record cannot be brought up to date: %s", self.worker, error)
 
     # -- its end --------------------------------------------------------------------------------------------
 
@@ -256,9 +268,12 @@ class Life:
             status = await self._in_thread(lambda: ended(self._pidfd, self.pid, REAPED_WITHIN_S))
         os.close(self._pidfd)
         self._pidfd = -1
+        how = ExitStatus(*status)
+        # Now that it is reaped, nobody else can tell how it ended.
+        await self._in_thread(lambda: self._write(ended=how))
         failpoint("exit.seen")
-        detail = await self._in_thread(self._last_words) if status != (0, None) else ""
-        self._emit(on.Exited(self.worker, self.incarnation, ExitStatus(*status), detail))
+        detail = await self._in_thread(self._last_words) if how != CLEAN else ""
+        self._emit(on.Exited(self.worker, self.incarnation, how, detail))
         self._exited.set()
 
     def _last_words(self) -> str:

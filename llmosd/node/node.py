@@ -28,14 +28,13 @@ from llmosd.node.confine import Confinement
 from llmosd.node.groups import Groups, signal_process
 from llmosd.node.life import Birth, Life, Program
 from llmosd.node.records import Record
+from llmosd.node.strays import Strays
 from llmosd.node.usage import CpuMeter, Usage, sample
 
 #: Seconds between two looks at what the workers use.
 SAMPLE_S: Final = 2.0
 #: Workers that one hand-over to a thread looks at; between two the loop has its turn.
 _LOOKED_AT_ONCE: Final = 32
-#: Seconds that a starting daemon waits for the remains of dead workers to go.
-REMAINS_S: Final = 10.0
 #: What a stray has forked becomes our child, and is killed, in the round after it.
 _STRAY_ROUNDS: Final = 100
 T = TypeVar("T")
@@ -84,8 +83,7 @@ class Node:
         self._warn = warn
         self._program = program
         self._lives: dict[str, Life] = {}
-        #: What is left of workers that died while there was no daemon, until it is gone.
-        self._remains: dict[str, Life] = {}
+        self._strays = Strays(self.groups, warn, self._in_thread)
         self._limits: dict[str, Limits] = {}
         self._meters: dict[str, CpuMeter] = {}
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
@@ -129,8 +127,7 @@ class Node:
         self._spawn_task(self._begin(life, effect, program))
 
     async def _begin(self, life: Life, effect: do.Spawn, program: Program) -> None:
-        if (remains := self._remains.get(effect.worker)) is not None:
-            await remains.emptied.wait()
+        await self._strays.gone(effect.worker)
         await life.begin(effect, program)
 
     def signal(self, effect: do.Signal) -> None:
@@ -140,6 +137,10 @@ class Node:
     def kill_group(self, effect: do.KillGroup) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
             life.kill()
+
+    def note_draining(self, effect: do.NoteDraining) -> None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+            life.note_draining()
 
     def freeze(self, effect: do.Freeze) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
@@ -152,7 +153,8 @@ class Node:
             self._warn(life.worker, f"cannot {'freeze' if frozen else 'thaw'} its processes: {error}")
 
     def confine(self, effect: do.Confine) -> None:
-        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+        life = self._current(effect.worker, effect.incarnation)
+        if life is not None and life.pid:
             before, self._limits[effect.worker] = self._limits.get(effect.worker), effect.limits
             life.note_limits(effect.limits)
             self._spawn_task(self._confine(life, effect.limits, before))
@@ -168,15 +170,19 @@ class Node:
     # -- adoption -------------------------------------------------------------------------------------------
 
     async def find_survivors(self) -> list[on.Adopted]:
-        """Take over the workers of the daemon's earlier life. What is left of dead ones is ended.
+        """Take over the workers of the daemon's earlier life, those among them that have died meanwhile, and end
+        what is ours and on no record.
 
-        A record that cannot be read, or whose process cannot be verified, is left alone and warned of: "cannot verify"
-        is not "gone". Its host ends by itself: no daemon answers it.
+        A process that cannot be verified is left alone and warned of: "cannot verify" is not "gone". Its host ends by
+        itself: no daemon answers it.
         """
         adopted = []
+        known: set[str] = set()
         for path in sorted(self._records.glob("*.json")):
             try:
-                event = self._take_over(records.read(path))
+                record = records.read(path)
+                known.add(self.groups.mark(record.worker, record.incarnation))
+                event = self._take_over(record)
             except records.RecordError as error:
                 path.replace(path.with_suffix(".damaged"))
                 self._warn(path.stem, f"its record cannot be read and was set aside: {error}")
@@ -186,11 +192,7 @@ class Node:
                 continue
             if event is not None:
                 adopted.append(event)
-        remains = [asyncio.create_task(life.emptied.wait()) for life in self._remains.values()]
-        if remains:
-            await asyncio.wait(remains, timeout=REMAINS_S)
-        for worker in self._remains:
-            self._warn(worker, "what is left of it from before the daemon started was killed and does not go")
+        await self._strays.end(known)
         return adopted
 
     def _take_over(self, record: Record) -> on.Adopted | None:
@@ -203,14 +205,13 @@ class Node:
         group = self.groups.known(record)
         life = Life(record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor)
         pidfd = records.open_process(record.pid, record.start_ticks)
-        if pidfd is None:
-            self._remains[record.worker] = life
-            life.on_empty = lambda: self._remains.__delitem__(record.worker)
-            life.take_over_remains(record)
-            return None
         self._keep(life)
         self._limits[record.worker] = record.limits
-        life.take_over(record, pidfd)
+        ended, detail = None, ""
+        if pidfd is None:
+            ended, detail = life.take_over_remains(record)
+        else:
+            life.take_over(record, pidfd)
         failpoint("adopt.taken")
         return on.Adopted(
             worker=record.worker,
@@ -223,7 +224,10 @@ class Node:
             limits=record.limits,
             started_at=record.started_at,
             stopping=record.stopping,
-            frozen=group.is_frozen(),
+            frozen=ended is None and group.is_frozen(),
+            draining=record.draining,
+            ended=ended,
+            detail=detail,
         )
 
     # -- looking --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from engine_models import command, openai, simulated
 from machine import Machine, machine, wait_for
 
 from llmos.types import Worker
+from llmosd.node import strays
 from llmosd.node.groups import MARK, Groups, MarkedGroup
 from llmosd.node.records import start_ticks
 
@@ -101,8 +102,38 @@ def test_what_is_left_of_a_tree_whose_daemon_and_host_were_killed_is_found_by_it
     users_machine.kill()
     os.kill(worker.pid, signal.SIGKILL)
     users_machine.start()
+    worker = users_machine.wait_worker("stubborn@1", "failed")
     assert not left(users_machine)
-    assert users_machine.client.ps() == ()
+    assert worker.last_exit != "exit code 0"
+
+
+def test_without_cgroups_too_what_no_record_names_is_ended_before_its_worker_is_started_again(
+    users_machine: Machine,
+) -> None:
+    worker = stubborn(users_machine, "keep-environment")
+    users_machine.kill()
+    (users_machine.runtime / "workers" / "stubborn@1.json").write_text("{}")
+    users_machine.start()
+    assert not left(users_machine) and worker.pid not in users_machine.processes()
+    users_machine.check_processes()
+
+
+def test_what_a_worker_of_another_daemon_left_is_no_stray_of_this_one() -> None:
+    ours, others = MarkedGroups("llmosd-test-ours"), MarkedGroups("llmosd-test-others")
+    marked = os.posix_spawn("/bin/sleep", ["sleep", "100"], {MARK: ours.mark("sim@1", 7)}, setsid=True)
+    try:
+        assert strays.find(others, set()) == []
+        assert strays.find(ours, {ours.mark("sim@1", 7)}) == []
+        assert [(stray.worker, stray.pids) for stray in strays.find(ours, set())] == [("sim@1", [marked])]
+    finally:
+        os.kill(marked, signal.SIGKILL)
+        os.waitpid(marked, 0)
+
+
+class MarkedGroups(Groups):
+    """As where no cgroup can be made."""
+
+    cgroup_base = None
 
 
 def test_a_group_whose_leaders_number_became_a_strangers_is_not_the_strangers() -> None:

@@ -186,7 +186,8 @@ class Machine:
         """The directories of this daemon's cgroups; none where none can be made."""
         mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         roots = [Path(fields[4]) for fields in mounts if fields[fields.index("-") + 1] == "cgroup2"]
-        return sorted({path for root in roots for path in root.rglob(self.group)})
+        # Not rglob, which fails when one of others goes meanwhile.
+        return [Path(at, self.group) for root in roots for at, names, _ in os.walk(root) if self.group in names]
 
     def check_cgroups(self) -> None:
         """Wait until each live worker has a cgroup with all of its processes and no other, and nothing else has one."""

@@ -76,6 +76,8 @@ class Life:
         self.pid = 0
         #: Called once the group is empty.
         self.on_empty: Callable[[], None] = lambda: None
+        #: Ends what it left to us as its parent's parent; where no group could hold that. May block.
+        self.end_orphans: Callable[[], None] = lambda: None
         #: Its group is empty, and nothing of it is on record any more.
         self.emptied = asyncio.Event()
         self._directory = directory
@@ -226,6 +228,7 @@ class Life:
         await self._exited.wait()
         while not await self._in_thread(lambda: self.group.wait_empty(KILL_AGAIN_S)):
             await self._in_thread(self.group.kill)
+        await self._in_thread(self.end_orphans)
         await self._in_thread(self.group.release)
         failpoint("empty.seen")
         await self._in_thread(self._forget)

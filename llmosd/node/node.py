@@ -37,6 +37,8 @@ SAMPLE_S: Final = 2.0
 _LOOKED_AT_ONCE: Final = 32
 #: What a stray has forked becomes our child, and is killed, in the round after it.
 _STRAY_ROUNDS: Final = 100
+#: Seconds in which the loop has noted the number of a child that it has just spawned.
+_KNOWN_WITHIN_S: Final = 0.02
 T = TypeVar("T")
 _IDENTITY_BYTES: Final = 16
 _TOKEN_BYTES: Final = 32
@@ -246,13 +248,14 @@ class Node:
     def _kill_strays(self) -> None:
         """Whoever became our child outlived its leader, and has shed everything by which its group could find it."""
         for _ in range(_STRAY_ROUNDS):
-            strays = [pid for pid in children() if not self._is_leader(pid)]
-            if not strays:
+            seen = [pid for pid in children() if not self._is_leader(pid)]
+            if not seen:
                 return
-            for pid in strays:
-                signal_process(pid, signal.SIGKILL)
+            time.sleep(_KNOWN_WITHIN_S)
+            for pid in seen:
+                if not self._is_leader(pid):
+                    signal_process(pid, signal.SIGKILL)
             reap_orphans(self._is_leader)
-            time.sleep(0.01)
 
     def _is_leader(self, pid: int) -> bool:
         return any(life.pid == pid for life in list(self._lives.values()))
@@ -288,6 +291,8 @@ class Node:
 
     def _keep(self, life: Life) -> Life:
         self._lives[life.worker] = life
+        if self.groups.cgroup_base is None:
+            life.end_orphans = self._kill_strays
         life.on_empty = lambda: self._gone(life)
         return life
 

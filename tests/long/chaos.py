@@ -207,7 +207,7 @@ class Chaos:
         limits = [
             {"nice": str(self.chance.randrange(10))}, {"slots": str(self.chance.randrange(1, 9))},
             {"oom_score_adj": str(self.chance.randrange(500))}, {"memory_max": f"{self.chance.randrange(1, 9)}G"},
-            {"memory_max": None}, {"allowed_cpus": "0"}, {"allowed_cpus": None}, {"cpu_quota": "17%"}, {"nice": "100"},
+            {"memory_max": ""}, {"allowed_cpus": "0"}, {"allowed_cpus": ""}, {"cpu_quota": "17%"}, {"nice": "100"},
         ]  # fmt: skip
         name, changes = self._model(), self.chance.choice(limits)
         self._tolerant(lambda client: client.set_limits(name, changes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 
@@ -12,33 +11,21 @@ import psutil
 import pytest
 from engine_models import command, openai, simulated
 from machine import Machine, machine, wait_for
+from ordinary import NOBODY, make_ordinary, start
 
 from llmos.types import Worker
 from llmosd.node import strays
 from llmosd.node.groups import MARK, Groups, MarkedGroup
 from llmosd.node.records import start_ticks
 
-NOBODY = 65534
-
 
 @pytest.fixture
 def users_machine() -> Iterator[Machine]:
-    """A machine whose daemon is not root's. Where these tests are not either, it is theirs."""
+    """A machine whose daemon is not root's."""
     with machine() as made:
-        if os.geteuid() == 0:
-            as_nobody = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-            # Nobody may write anything; but root's Python and this checkout may be where only root can look.
-            may_read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
-            made.prefix = (str(shutil.which("setpriv")), *as_nobody, *may_read)
+        make_ordinary(made)
         yield made
         assert not left(made)
-
-
-def start(users_machine: Machine) -> None:
-    if os.geteuid() == 0:
-        for path in (users_machine.root, *users_machine.root.rglob("*")):
-            os.chown(path, NOBODY, NOBODY)
-    users_machine.start()
 
 
 def left(users_machine: Machine) -> list[psutil.Process]:

@@ -44,7 +44,7 @@ test-vm: $(HAVE_DEV)  ## the service on a booted Debian 12, emulated: 4 minutes,
 	@$(BIN)/python tests/vm/image.py
 	@$(BIN)/pytest tests/vm $(ARGS)
 
-test-long: $(HAVE_DEV)  ## the daemon killed at every failpoint, and more seeds of the simulation: half an hour
+test-long: $(HAVE_DEV)  ## the daemon killed at every failpoint, chaos, more seeds of the simulation: 10 minutes
 	@$(BIN)/pytest tests/long -n 4 --dist worksteal $(ARGS)
 	@LLMOS_SIM_SEEDS=60 $(BIN)/pytest tests/simulation $(ARGS)
 

@@ -99,6 +99,7 @@ def test_a_worker_that_was_stopped_by_an_operator_and_died_without_a_daemon_stay
     record = a_machine.runtime / "workers" / "sim@1.json"
     wait_for("intent on record", lambda: '"draining":true' in record.read_text())
     a_machine.kill()
+    client.close()  # or its request would come back, and start the worker anew
     os.kill(before.pid, signal.SIGKILL)
     a_machine.start()
     worker = a_machine.wait_worker("sim@1", "stopped")

@@ -45,7 +45,7 @@ test-vm: $(HAVE_DEV)  ## the service on a booted Debian 12, emulated: 4 minutes,
 	@$(BIN)/pytest tests/vm $(ARGS)
 
 test-long: $(HAVE_DEV)  ## the daemon killed at every failpoint, chaos, more seeds, the booted machine: half an hour
-	@$(BIN)/pytest tests/long $(ARGS)
+	@$(BIN)/pytest tests/long -n 4 --dist worksteal $(ARGS)
 	@LLMOS_SIM_SEEDS=60 $(BIN)/pytest tests/simulation $(ARGS)
 	@$(MAKE) test-vm ARGS='$(ARGS)'
 

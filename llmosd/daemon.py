@@ -145,7 +145,7 @@ class Daemon:
         for event in survivors:
             self._admit(event)
         if self._http is not None:
-            if not any(event.spec.model == GATEWAY for event in survivors):
+            if not any(event.spec.model == GATEWAY and event.ended is None for event in survivors):
                 self._open_http(self._http)
             gateway = gateway_spec(self._settings, self._http.health_url)
             self.feed(on.Apply(_NO_CALL, self.machine.overridden(gateway)))
@@ -234,6 +234,7 @@ class Daemon:
             do.ToWorker: self._to_worker,
             do.Spawn: self.node.spawn,
             do.Signal: self.node.signal,
+            do.NoteDraining: self.node.note_draining,
             do.KillGroup: self.node.kill_group,
             do.Freeze: self.node.freeze,
             do.Probe: self.node.probe,

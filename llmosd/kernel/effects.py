@@ -53,6 +53,13 @@ class Signal(Effect, frozen=True):
     stops: bool = False
 
 
+class NoteDraining(Effect, frozen=True):
+    """Put on record that the worker is to end when its requests are done: no later daemon is to start it again."""
+
+    worker: str
+    incarnation: int
+
+
 class KillGroup(Effect, frozen=True):
     """SIGKILL to every process of the worker's group. Answered by Emptied."""
 

@@ -88,7 +88,11 @@ class SpawnFailed(Event, frozen=True):
 
 
 class Adopted(Event, frozen=True):
-    """A worker that was alive before the daemon started, with the identity checked."""
+    """A worker that was alive before the daemon started, with the identity checked.
+
+    One that died while there was no daemon is told of too, with how it `ended`: something of its group may be left,
+    and its restart policy counts for this end as for any other.
+    """
 
     worker: str
     incarnation: int
@@ -105,6 +109,12 @@ class Adopted(Event, frozen=True):
     frozen: bool = False
     #: A command that was found to be ready.
     ready: bool = False
+    #: The recorded intent was to end it when its requests are done.
+    draining: bool = False
+    #: How its leader ended, as far as anybody could tell. None: it lives.
+    ended: ExitStatus | None = None
+    #: As in Exited.
+    detail: str = ""
 
 
 class Exited(Event, frozen=True):

@@ -141,6 +141,7 @@ class Fleet:
             if worker.spec.engine.hosted:
                 out.append(do.ToWorker(worker.peer, _TOLD[action], b"", f.Empty()))
             if action is Action.TELL_DRAIN:
+                out.append(do.NoteDraining(name, life))
                 self.note_drained(worker, now)
         elif action is Action.LOSE_REQUESTS:
             self.on_lost(worker, now)

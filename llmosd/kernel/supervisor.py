@@ -22,6 +22,8 @@ from llmosd.kernel.verdict import judge
 from llmosd.kernel.worker import Model, Worker
 
 _COMING_UP: Final = frozenset({State.STARTING, State.LOADING, State.ADOPTED, State.WAKING})
+#: Seconds that a restart waits at a time while the devices are not yet counted.
+NOT_COUNTED_S: Final = 0.05
 _ENDING: Final = frozenset({State.STOPPING, State.DRAINING, State.UNKILLABLE})
 
 
@@ -119,16 +121,20 @@ class Supervisor:
         fleet.fire(worker, Trigger.ADOPT, now, "alive from before the daemon started")
         if event.stopping:
             fleet.end(worker, now, "was being stopped", at_once=True)
+        elif event.draining:
+            fleet.end(worker, now, "was draining when the daemon started")
         elif model.removed or fleet.shutting_down:
             fleet.end(worker, now, "its model file is gone" if model.removed else "llmosd is shutting down")
         elif not same_process(spec, model.spec):
             fleet.end(worker, now, "its model file has changed", again=True)
         else:
             worker.spec = model.spec
-            if spec.limits != model.spec.limits:
+            if event.ended is None and spec.limits != model.spec.limits:
                 fleet.confine(worker, model.spec.limits)
-            if not spec.engine.hosted:
+            if event.ended is None and not spec.engine.hosted:
                 self._runs(worker, event.ready or not spec.says_ready, now)
+        if event.ended is not None:
+            self.exited(on.Exited(worker.name, worker.incarnation, event.ended, event.detail), now)
         if event.frozen and not fleet.fire(worker, Trigger.FREEZE, now, "frozen before the daemon started"):
             self._out.append(do.Freeze(worker.name, worker.incarnation, False))  # or it could not end
         fleet.settle_cpus()
@@ -241,7 +247,9 @@ class Supervisor:
 
     def _state_due(self, worker: Worker, now: float) -> None:
         fleet = self._fleet
-        if worker.state is State.BACKOFF:
+        if worker.state is State.BACKOFF and not fleet.counted:
+            self._timers.set(("state", worker.name), now + NOT_COUNTED_S)
+        elif worker.state is State.BACKOFF:
             if why := self._demand.start(worker, now):
                 # The delay is over; from here on it waits for resources as any stopped worker does.
                 fleet.fire(worker, Trigger.STOP, now, f"waits for resources: {why}")

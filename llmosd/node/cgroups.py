@@ -87,12 +87,16 @@ class CgroupGroup:
     def members(self) -> list[int]:
         pids = []
         # An engine may make cgroups of its own below.
-        for file in (self._path / "cgroup.procs", *self._path.glob("**/cgroup.procs")):
+        for directory in self._directories():
             try:
-                pids += [int(line) for line in file.read_text().split()]
+                pids += [int(line) for line in (directory / "cgroup.procs").read_text().split()]
             except OSError:
                 continue  # that cgroup is gone
         return sorted(set(pids))
+
+    def _directories(self) -> list[Path]:
+        # Not Path.glob: it raises when a directory goes while it is being looked at.
+        return [Path(directory) for directory, _, _ in os.walk(self._path)]
 
     def kill(self) -> None:
         try:
@@ -132,7 +136,7 @@ class CgroupGroup:
 
     def release(self) -> None:
         # The deepest first; one that holds a process stays.
-        for directory in sorted(self._path.glob("**/"), reverse=True):
+        for directory in sorted(self._directories(), reverse=True):
             try:
                 directory.rmdir()
             except OSError:
@@ -160,6 +164,10 @@ class CgroupGroups:
     def known(self, record: Record, mark: str) -> Group:
         path = Path(record.cgroup)
         return CgroupGroup(path, held=self.held if path.parent == self.base else frozenset())
+
+    def unknown(self, known: set[str]) -> list[tuple[str, Group]]:
+        marks = [(f"{self.base.name}/{path.name}", path) for path in self.base.glob("*/") if path.name != _OWN_LEAF]
+        return [(mark, CgroupGroup(path)) for mark, path in marks if mark not in known]
 
     def sweep(self) -> None:
         for path in self.base.glob("*/"):

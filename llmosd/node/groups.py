@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Final, Protocol
 
 from llmosd.kernel.spec import Limits
@@ -17,6 +18,28 @@ from llmosd.node.records import Record, start_ticks
 
 #: Name of the environment variable that marks every process of a group.
 MARK: Final = "LLMOSD_GROUP"
+
+
+def mark_of(daemon: str, worker: str, incarnation: int) -> str:
+    """The value of MARK for a worker's life: unique on this machine."""
+    return f"{daemon}/{worker}-{incarnation}"
+
+
+def worker_of(mark: str) -> str:
+    """Which worker a mark is of; empty if it is of none."""
+    worker, _, incarnation = mark.rpartition("/")[2].rpartition("-")
+    return worker if incarnation.isdigit() else ""
+
+
+def marks_of(pid: int, daemon: str) -> set[str]:
+    """A daemon's marks in a process's first environment: one, or none."""
+    prefix = f"{MARK}={daemon}/".encode()
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return set()  # it ended while we looked, or is not ours to look at
+    found = (variable for variable in variables if variable.startswith(prefix))
+    return {variable.partition(b"=")[2].decode(errors="replace") for variable in found}
 
 
 class Group(Protocol):
@@ -65,6 +88,9 @@ class Groups(Protocol):
 
     def known(self, record: Record, mark: str) -> Group:
         """The group of a worker that was alive before the daemon was, of whatever kind it was made."""
+
+    def unknown(self, known: set[str]) -> list[tuple[str, Group]]:
+        """Groups of this daemon's that are there, by their mark, without those that are `known`."""
 
     def sweep(self) -> None:
         """Remove what an earlier daemon left empty: a crash between making a group and recording it does that."""

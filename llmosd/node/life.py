@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -32,10 +33,12 @@ from llmosd.node.oomlog import OomLog
 from llmosd.node.records import Record
 from llmosd.node.strain import Strain, out_of_memory
 
+log = logging.getLogger("llmosd")
 T = TypeVar("T")
 
 #: Seconds that somebody else's reaping of an adopted worker is waited for, to learn its exit status.
 REAPED_WITHIN_S: Final = 2.0
+CLEAN: Final = ExitStatus(code=0)
 #: Seconds between two SIGKILLs to a group that does not go.
 KILL_AGAIN_S: Final = 2.0
 _LAST_WORDS_BYTES: Final = 1000
@@ -81,6 +84,8 @@ class Life:
         self.strain = Strain()
         #: Called once the group is empty.
         self.on_empty: Callable[[], None] = lambda: None
+        #: Ends what it left to us as its parent's parent; where no group could hold that. May block.
+        self.end_orphans: Callable[[], None] = lambda: None
         #: Its group is empty, and nothing of it is on record any more.
         self.emptied = asyncio.Event()
         self._directory = directory
@@ -195,12 +200,13 @@ class Life:
         self._settled.set()
         self._loop.add_reader(pidfd, self._on_exit)
 
-    def take_over_remains(self, record: Record) -> None:
-        """Its leader is gone; whatever is left of its group must go too."""
+    def take_over_remains(self, record: Record) -> tuple[ExitStatus, str]:
+        """Its leader is gone, and what is left of its group waits for `kill`. Returns how it ended, as in Exited."""
         self._record = record
         self._settled.set()
         self._exited.set()
-        self.kill()
+        status = record.ended or records.end_of(record.pid, record.start_ticks)
+        return status, self._last_words(status) if status != CLEAN else ""
 
     # -- what is asked of it --------------------------------------------------------------------------------
 
@@ -237,6 +243,7 @@ class Life:
         await self._exited.wait()
         while not await self._in_thread(lambda: self.group.wait_empty(KILL_AGAIN_S)):
             await self._in_thread(self.group.kill)
+        await self._in_thread(self.end_orphans)
         await self._in_thread(self.group.release)
         failpoint("empty.seen")
         await self._in_thread(self._forget)
@@ -256,7 +263,11 @@ class Life:
         with self._record_lock:
             if self._record is not None:
                 self._record = msgspec.structs.replace(self._record, **changes)
-                records.write(self._directory, self._record)
+                try:
+                    records.write(self._directory, self._record)
+                except OSError as error:
+                    # A full disk keeps no worker from being stopped, nor its end from being told.
+                    log.error("%s: its record cannot be brought up to date: %s", self.worker, error)
 
     # -- its end --------------------------------------------------------------------------------------------
 
@@ -271,25 +282,28 @@ class Life:
             status = await self._in_thread(lambda: ended(self._pidfd, self.pid, REAPED_WITHIN_S))
         os.close(self._pidfd)
         self._pidfd = -1
+        how = ExitStatus(*status)
+        # Now that it is reaped, nobody else can tell how it ended.
+        await self._in_thread(lambda: self._write(ended=how))
         failpoint("exit.seen")
-        detail = await self._in_thread(lambda: self._last_words(status[1])) if status != (0, None) else ""
-        self._emit(on.Exited(self.worker, self.incarnation, ExitStatus(*status), detail))
+        detail = await self._in_thread(lambda: self._last_words(how)) if how != CLEAN else ""
+        self._emit(on.Exited(self.worker, self.incarnation, how, detail))
         self._exited.set()
 
-    def _last_words(self, signal_number: int | None) -> str:
+    def _last_words(self, status: ExitStatus) -> str:
         """What is known of its end: the host's record of how its engine ended, or that the OOM killer took it."""
         try:
             # The directory may be another user's: nothing that he put there leads to what is not his.
             harmless = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             fd = os.open(self.birth.scratch / "engine-exit", harmless)
             with os.fdopen(fd, "rb") as file:
-                status = os.fstat(fd)
-                if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
                     return ""
                 return file.read(_LAST_WORDS_BYTES).decode(errors="replace")
         except OSError:
             pass  # it wrote none
-        if signal_number != signal.SIGKILL or self._record is None:
+        if status.signal != signal.SIGKILL or self._record is None:
             return ""
         counted = self.group.counters().oom_kills > self.strain.oom_kills
         return out_of_memory(1, self._record.limits) if self._oom.took(self.pid) or counted else ""

@@ -16,7 +16,7 @@ from typing import Final
 from llmosd.kernel.spec import Limits
 from llmosd.node.cgroups import CgroupGroup
 from llmosd.node.counters import Counters
-from llmosd.node.groups import MARK, Group, signal_process
+from llmosd.node.groups import MARK, Group, marks_of, signal_process
 from llmosd.node.processes import Claim, Processes
 from llmosd.node.records import Record, start_ticks
 
@@ -98,6 +98,10 @@ class MarkedGroups:
 
     exact = False
 
+    def __init__(self, daemon: str) -> None:
+        """`daemon`: its name on this machine, with which all marks of it begin."""
+        self._daemon = daemon
+
     def new(self, worker: str, incarnation: int, mark: str, limits: Limits) -> Group:
         return MarkedGroup(0, 0, mark)
 
@@ -105,6 +109,19 @@ class MarkedGroups:
         if record.cgroup:  # made by a daemon that could
             return CgroupGroup(Path(record.cgroup))
         return MarkedGroup(record.pid, record.start_ticks, mark)
+
+    def unknown(self, known: set[str]) -> list[tuple[str, Group]]:
+        ours = marks_of(os.getpid(), self._daemon)  # we were started by what a worker left, and live in it
+        leaders: dict[str, tuple[int, int]] = {}
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            pid = int(entry.name)
+            for mark in marks_of(pid, self._daemon) - known - ours:
+                if (ticks := start_ticks(pid)) is not None:
+                    # The oldest leads: the others descend from it, or it is gone.
+                    leaders[mark] = min(leaders.get(mark, (ticks, pid)), (ticks, pid))
+        return [(mark, MarkedGroup(pid, ticks, mark)) for mark, (ticks, pid) in leaders.items()]
 
     def sweep(self) -> None:
         """Nothing is left of them."""

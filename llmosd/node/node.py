@@ -26,7 +26,7 @@ from llmosd.node import records
 from llmosd.node.confine import Confinement
 from llmosd.node.confine.choice import Maker
 from llmosd.node.counters import Counters
-from llmosd.node.groups import signal_process
+from llmosd.node.groups import mark_of, signal_process
 from llmosd.node.life import Birth, Life, Program
 from llmosd.node.looks import Due, Looks
 from llmosd.node.oomlog import OomLog
@@ -34,16 +34,17 @@ from llmosd.node.printed import size_of
 from llmosd.node.probes import Probes
 from llmosd.node.records import Record
 from llmosd.node.strain import may_strain
+from llmosd.node.strays import Strays
 from llmosd.node.usage import CpuMeter, Usage, sample
 
 #: Seconds between two looks at what the workers use.
 SAMPLE_S: Final = 2.0
 #: Workers that one hand-over to a thread looks at; between two the loop has its turn.
 _LOOKED_AT_ONCE: Final = 32
-#: Seconds that a starting daemon waits for the remains of dead workers to go.
-REMAINS_S: Final = 10.0
 #: What a stray has forked becomes our child, and is killed, in the round after it.
 _STRAY_ROUNDS: Final = 100
+#: Seconds in which the loop has noted the number of a child that it has just spawned.
+_KNOWN_WITHIN_S: Final = 0.02
 T = TypeVar("T")
 _IDENTITY_BYTES: Final = 16
 _TOKEN_BYTES: Final = 32
@@ -100,8 +101,7 @@ class Node:
         self._warn = warn
         self._program = program
         self._lives: dict[str, Life] = {}
-        #: What is left of workers that died while there was no daemon, until it is gone.
-        self._remains: dict[str, Life] = {}
+        self._strays = Strays(self.groups, warn, self._in_thread)
         self._limits: dict[str, Limits] = {}
         self._meters: dict[str, CpuMeter] = {}
         self._oom = OomLog()
@@ -151,8 +151,7 @@ class Node:
         self._spawn_task(self._begin(life, effect, program))
 
     async def _begin(self, life: Life, effect: do.Spawn, program: Program) -> None:
-        if (remains := self._remains.get(effect.worker)) is not None:
-            await remains.emptied.wait()
+        await self._strays.gone(effect.worker)
         await life.begin(effect, program)
 
     def signal(self, effect: do.Signal) -> None:
@@ -166,6 +165,10 @@ class Node:
     def probe(self, effect: do.Probe) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
             self._probes.begin(effect, life)
+
+    def note_draining(self, effect: do.NoteDraining) -> None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+            self._spawn_task(life.note(draining=True))
 
     def freeze(self, effect: do.Freeze) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
@@ -183,7 +186,8 @@ class Node:
             self._warn(life.worker, f"cannot {'freeze' if frozen else 'thaw'} its processes: {error}")
 
     def confine(self, effect: do.Confine) -> None:
-        if (life := self._current(effect.worker, effect.incarnation)) is not None:
+        life = self._current(effect.worker, effect.incarnation)
+        if life is not None and life.pid:
             before, self._limits[effect.worker] = self._limits.get(effect.worker), effect.limits
             self._spawn_task(self._confine(life, effect, before))
 
@@ -202,15 +206,19 @@ class Node:
     # -- adoption -------------------------------------------------------------------------------------------
 
     async def find_survivors(self) -> list[on.Adopted]:
-        """Take over the workers of the daemon's earlier life. What is left of dead ones is ended.
+        """Take over the workers of the daemon's earlier life, those among them that have died meanwhile, and end
+        what is ours and on no record.
 
-        A record that cannot be read, or whose process cannot be verified, is left alone and warned of: "cannot verify"
-        is not "gone". Its host ends by itself: no daemon answers it.
+        A process that cannot be verified is left alone and warned of: "cannot verify" is not "gone". Its host ends by
+        itself: no daemon answers it.
         """
         adopted = []
+        known: set[str] = set()
         for path in sorted(self._records.glob("*.json")):
             try:
-                event = self._take_over(records.read(path))
+                record = records.read(path)
+                known.add(self._mark(record.worker, record.incarnation))
+                event = self._take_over(record)
             except records.RecordError as error:
                 path.replace(path.with_suffix(".damaged"))
                 self._warn(path.stem, f"its record cannot be read and was set aside: {error}")
@@ -220,11 +228,7 @@ class Node:
                 continue
             if event is not None:
                 adopted.append(event)
-        remains = [asyncio.create_task(life.emptied.wait()) for life in self._remains.values()]
-        if remains:
-            await asyncio.wait(remains, timeout=REMAINS_S)
-        for worker in self._remains:
-            self._warn(worker, "what is left of it from before the daemon started was killed and does not go")
+        await self._strays.end(known)
         return adopted
 
     def _take_over(self, record: Record) -> on.Adopted | None:
@@ -240,14 +244,13 @@ class Node:
             record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor, self._oom
         )
         pidfd = records.open_process(record.pid, record.start_ticks)
-        if pidfd is None:
-            self._remains[record.worker] = life
-            life.on_empty = lambda: self._remains.__delitem__(record.worker)
-            life.take_over_remains(record)
-            return None
         self._keep(life)
         self._limits[record.worker] = record.limits
-        life.take_over(record, pidfd)
+        ended, detail = None, ""
+        if pidfd is None:
+            ended, detail = life.take_over_remains(record)
+        else:
+            life.take_over(record, pidfd)
         failpoint("adopt.taken")
         return on.Adopted(
             worker=record.worker,
@@ -260,8 +263,11 @@ class Node:
             limits=record.limits,
             started_at=record.started_at,
             stopping=record.stopping,
-            frozen=group.is_frozen(),
+            frozen=ended is None and group.is_frozen(),
             ready=record.ready,
+            draining=record.draining,
+            ended=ended,
+            detail=detail,
         )
 
     # -- looking --------------------------------------------------------------------------------------------
@@ -284,7 +290,7 @@ class Node:
             suspects = set(children()) - self._leaders()
             if not suspects:
                 return
-            time.sleep(0.01)  # whoever has just started one gets to say so
+            time.sleep(_KNOWN_WITHIN_S)
             for pid in suspects - self._leaders():
                 signal_process(pid, signal.SIGKILL)
             reap_orphans(self._leaders)
@@ -330,8 +336,7 @@ class Node:
     # -- lives ----------------------------------------------------------------------------------------------
 
     def _mark(self, worker: str, incarnation: int) -> str:
-        """The value of MARK in a worker's environment: unique on this machine."""
-        return f"{self._name}/{worker}-{incarnation}"
+        return mark_of(self._name, worker, incarnation)
 
     def _life(self, effect: do.Spawn, birth: Birth) -> Life:
         worker, incarnation = effect.worker, effect.incarnation
@@ -340,6 +345,8 @@ class Node:
 
     def _keep(self, life: Life) -> Life:
         self._lives[life.worker] = life
+        if not self.groups.exact:
+            life.end_orphans = self._kill_strays
         life.on_empty = lambda: self._gone(life)
         return life
 

@@ -14,8 +14,10 @@ from typing import Final
 import msgspec
 
 from llmosd.kernel.ledger import Grant
+from llmosd.kernel.restart import ExitStatus
 from llmosd.kernel.spec import Limits, ModelSpec
 from llmosd.kernel.units import decode_quantity, encode_quantity
+from llmosd.launch.reap import ended
 
 _encoder: Final = msgspec.json.Encoder(enc_hook=encode_quantity)
 
@@ -38,12 +40,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     grant: Grant
     #: Path of its cgroup; empty where there is none.
     cgroup: str = ""
-    #: The intent is that it ends.
+    #: The intent is that it ends: now, or when its requests are done.
     stopping: bool = False
     #: A command that was found to be ready.
     ready: bool = False
     #: Where in its log file this life begins, in bytes.
     log_start: int = 0
+    draining: bool = False
+    #: How its leader ended; None: no daemon has seen its end.
+    ended: ExitStatus | None = None
 
 
 class RecordError(Exception):
@@ -90,6 +95,18 @@ def start_ticks(pid: int) -> int | None:
         return None
     # The second field is the program's name in parentheses, and may hold anything.
     return int(stat.rpartition(")")[2].split()[19])
+
+
+def end_of(pid: int, started: int) -> ExitStatus:
+    """How a process ended that was not a child of ours: known only until somebody has reaped it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return ExitStatus()
+    try:
+        return ExitStatus(*ended(pidfd, pid, 0)) if start_ticks(pid) == started else ExitStatus()
+    finally:
+        os.close(pidfd)
 
 
 def open_process(pid: int, started: int) -> int | None:

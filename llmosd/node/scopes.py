@@ -7,6 +7,7 @@ scope's cgroup itself, which no failure of D-Bus can keep from us.
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from llmosd.kernel.spec import Limits
 from llmosd.kernel.units import CpuSet
 from llmosd.launch.cgroup import cgroup_of
 from llmosd.node.cgroups import CgroupGroup, changed
-from llmosd.node.groups import Group
+from llmosd.node.groups import Group, marks_of
 from llmosd.node.marked import MarkedGroup
 from llmosd.node.records import Record
 from llmosd.node.systemd import Manager, Properties, SystemdError
@@ -102,10 +103,12 @@ class ScopeGroups:
 
     exact = True
 
-    def __init__(self, manager: Manager, held: frozenset[str], daemon: str) -> None:
+    def __init__(self, manager: Manager, held: frozenset[str], daemon: str, name: str) -> None:
+        """`name`: the daemon's on this machine, with which all marks of it begin."""
         self._manager = manager
         self._held = held
         self._daemon = daemon
+        self._name = name
 
     def new(self, worker: str, incarnation: int, mark: str, limits: Limits) -> Group:
         begins_with: Properties = {
@@ -132,6 +135,22 @@ class ScopeGroups:
         if path.suffix != ".scope":
             return CgroupGroup(path)
         return ScopeGroup(self._manager, path.name, path, {}, self._held)
+
+    def unknown(self, known: set[str]) -> list[tuple[str, Group]]:
+        # The slice may have scopes of another daemon's too: whose one is its processes tell.
+        found: dict[str, Group] = {}
+        for directory, _, files in os.walk(self._slice()):
+            if directory.endswith(".scope") and "cgroup.procs" in files:
+                group = CgroupGroup(Path(directory))
+                for mark in {mark for pid in group.members() for mark in marks_of(pid, self._name)} - known:
+                    found[mark] = group
+        return list(found.items())
+
+    @staticmethod
+    def _slice() -> Path:
+        """The slice's cgroup: the system's, or that of the user whose daemon this is."""
+        root, uid = Path("/sys/fs/cgroup"), os.geteuid()
+        return root / SLICE if uid == 0 else root / f"user.slice/user-{uid}.slice/user@{uid}.service" / SLICE
 
     def sweep(self) -> None:
         """An empty scope is systemd's to remove."""

@@ -66,7 +66,7 @@ class Host:
             await asyncio.wait([stopping, engine, ticker], return_when=asyncio.FIRST_COMPLETED)
             status = 0
             if ticker.done():
-                self._log.say(f"no daemon for {self._config.orphan_timeout:g} s: ends")
+                self._note_end(f"ended by itself: there was no daemon for {self._config.orphan_timeout:g} s")
                 status = EXIT_ORPHANED
             elif engine.done() and not stopping.done():
                 await self._report_end(engine.result())
@@ -100,11 +100,7 @@ class Host:
 
     async def _report_end(self, reason: str) -> None:
         """The engine is gone: fail nothing that another worker can run, deliver what is finished, say why."""
-        self._log.say(reason)
-        try:
-            self._config.engine_exit_file.write_text(reason)
-        except OSError as error:
-            self._log.say(f"cannot record it for the daemon: {error}")
+        self._note_end(reason)
         self._protocol.set_status(f.Phase.FAILED, -1.0, reason)
         for task in self._running.values():
             task.cancel()
@@ -116,6 +112,14 @@ class Host:
             except TimeoutError:
                 continue
             break
+
+    def _note_end(self, reason: str) -> None:
+        """Why it ends, for people and for a daemon that may not be there to see it."""
+        self._log.say(reason)
+        try:
+            self._config.engine_exit_file.write_text(reason)
+        except OSError as error:
+            self._log.say(f"cannot record it for the daemon: {error}")
 
     # -- the bus --------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """The daemon dies by SIGKILL at every failpoint, whatever the worker concerned is doing, under load.
 
-After the next daemon has started: no process without a worker and none twice, the bystander the same process as
-before with every stream of its complete, the ledger agreeing with who is alive, and the worker concerned where the
-operator wanted it.
+After the next daemon has started: no process without a worker and none twice, a cgroup for each that lives and for
+nothing else, the bystander the same process as before with every stream of its complete, the ledger agreeing with who
+is alive, the worker concerned where the operator wanted it, and how it ended told exactly or not at all.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from load import Load
+from load import STREAMS, Load
 from machine import DEADLINE_S, Machine, wait_for
+from matrix import ABSENT, CELLS, NOTHING, Cell, Outcome, outcome, told
 
 import llmos
 from llmos.errors import LlmosError
+from llmos.types import Worker
 from llmosd.failpoint import NAMES
 
 TARGET = """
@@ -34,40 +36,23 @@ policy = "always"
 delay = "100ms"
 burst = 0
 [timeouts]
-drain = "3s"
+drain = "2s"
 stop = "3s"
 """
-BYSTANDER = """
+BYSTANDER = f"""
 model = "bystander"
 [engine]
 driver = "simulated"
 load_time = "50ms"
-decode_rate = 100
+decode_rate = 50
 [resources]
 cpus = 0.5
 memory = "128M"
 [limits]
-slots = 8
+slots = {STREAMS}
 [scale]
 min = 1
 """
-
-SPAWN = [name for name in NAMES if name.startswith("spawn.")]
-STOP = [name for name in NAMES if name.startswith("stop.")]
-ENDS = [name for name in NAMES if name.startswith(("kill.", "exit.", "empty."))]
-ADOPT = [name for name in NAMES if name.startswith("adopt.")]
-
-#: (failpoint, state of the target, what is done to it)
-CELLS = [
-    *((name, state, "start") for name in SPAWN for state in ("stopped", "backoff")),
-    *((name, state, "stop") for name in STOP for state in ("loading", "ready", "busy", "frozen")),
-    *((name, state, "kill") for name in ENDS for state in ("loading", "ready", "busy", "frozen", "draining")),
-    *((name, state, "stop") for name in ENDS for state in ("loading", "ready", "busy", "frozen")),
-    *((name, state, "restart") for name in ADOPT for state in ("loading", "ready", "busy", "frozen", "draining")),
-    *(("models.read", state, "restart") for state in ("ready", "busy", "draining")),
-    ("apply.kept", "ready", "apply"),
-    ("apply.kept", "stopped", "apply"),
-]
 
 
 def tolerant(call: Callable[[llmos.Client], object], machine: Machine) -> None:
@@ -128,10 +113,12 @@ def operate(machine: Machine, operation: str, state: str) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("failpoint", "state", "operation"), CELLS)
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
-    a_machine: Machine, failpoint: str, state: str, operation: str
+    a_machine: Machine, cell: Cell, record_property: Callable[[str, object], None]
 ) -> None:
+    record_property("cell", " ".join(cell))
+    failpoint, state, operation = cell
     a_machine.model(TARGET.format(load="2s" if state == "loading" else "50ms"))
     a_machine.model(BYSTANDER)
     a_machine.prepare_failpoint(f"{failpoint}=kill")
@@ -140,6 +127,7 @@ def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
     load = Load(a_machine.runtime, "bystander")
     if operation != "start" or state == "stopped":
         bring_to(a_machine, state)
+    earlier = target(a_machine)
     operate(a_machine, operation, state)
 
     assert a_machine.daemon is not None
@@ -150,9 +138,14 @@ def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
 
     after = a_machine.wait_worker("bystander@1", "ready")
     assert (after.pid, after.restarts) == (before.pid, before.restarts)
-    wait_for("target that has settled", lambda: is_settled(a_machine))
-    a_machine.check_processes()
-    check_ledger(a_machine)
+    must = outcome(cell)
+    wait_for(f"target that is {must}", lambda: is_as(target(a_machine), must))
+    found = target(a_machine)
+    last_exit = found.last_exit if found is not None else NOTHING
+    record_property("told", told(cell, last_exit))
+    if found is not None and earlier is not None and told(cell, last_exit) == "no exit":
+        assert (found.pid, found.restarts) == (earlier.pid, earlier.restarts), "the same life goes on"
+    check_machine(a_machine)
     # It serves: whatever had been done to it, an operator can have it again.
     a_machine.client.start("target")
     if a_machine.worker("target@1").state == "frozen":
@@ -160,22 +153,36 @@ def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
     a_machine.wait_worker("target@1", "ready")
     assert len(a_machine.client.run("target", "again", max_tokens=3, timeout=30).text.split()) == 3
     load.stop()
-    a_machine.check_processes()
-    check_ledger(a_machine)
-    assert load.done >= len(load._threads)
+    check_machine(a_machine)
+    a_machine.client.stop("target", now=True)
 
 
-def is_settled(machine: Machine) -> bool:
-    """The target is neither awaited nor on its way down."""
-    return all(worker.state not in ("adopted", "stopping") for worker in machine.client.ps("target"))
+def target(machine: Machine) -> Worker | None:
+    """The target, if the daemon knows of it."""
+    workers = [worker for worker in machine.watcher.ps(include_stopped=True) if worker.model == "target"]
+    assert len(workers) <= 1
+    return workers[0] if workers else None
+
+
+def is_as(worker: Worker | None, must: Outcome) -> bool:
+    if worker is None:
+        return ABSENT in must.states
+    return worker.state in must.states and worker.last_exit in must.exits
+
+
+def check_machine(machine: Machine) -> None:
+    """No process, no cgroup and no reservation besides those of the workers that live."""
+    machine.check_processes()
+    machine.check_cgroups()
+    check_ledger(machine)
 
 
 def check_ledger(machine: Machine) -> None:
     """What is reserved is what those who live hold."""
 
     def agrees() -> bool:
-        devices = {device.id: device.reserved for device in machine.client.devices().devices}
-        alive = [worker for worker in machine.client.ps() if worker.pid]
+        devices = {device.id: device.reserved for device in machine.watcher.devices().devices}
+        alive = [worker for worker in machine.watcher.ps() if worker.pid]
         return abs(devices["cpus"] - sum(worker.cpus for worker in alive)) < 1e-6 and devices["memory"] == sum(
             worker.memory_reserved_bytes for worker in alive
         )
@@ -184,5 +191,4 @@ def check_ledger(machine: Machine) -> None:
 
 
 def test_the_matrix_covers_every_failpoint_there_is() -> None:
-    assert {name for name, _, _ in CELLS} == set(NAMES)
-    print(f"failpoint matrix: {len(CELLS)} cells over {len(NAMES)} failpoints")
+    assert {cell.failpoint for cell in CELLS} == set(NAMES)

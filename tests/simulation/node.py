@@ -31,6 +31,7 @@ class Group:
         #: It is past its gate, and on record.
         self.running = False
         self.stopping = False
+        self.draining = False
         self.killed = False
         self.status: ExitStatus | None = None
         self.empty = False
@@ -57,13 +58,15 @@ class Node:
     def carry_out(self, effect: do.Effect) -> None:
         if isinstance(effect, do.Spawn):
             self._spawn(effect)
-        elif isinstance(effect, do.Signal | do.KillGroup | do.Freeze | do.Confine | do.Probe):
+        elif isinstance(effect, do.Signal | do.KillGroup | do.Freeze | do.Confine | do.Probe | do.NoteDraining):
             group = self.groups.get((effect.worker, effect.incarnation))
             if group is None or not group.running:
                 return  # too early or too late, as for any process
             if isinstance(effect, do.Signal):
                 group.stopping = group.stopping or effect.stops
                 self._signal(group, effect.signal)
+            elif isinstance(effect, do.NoteDraining):
+                group.draining = True
             elif isinstance(effect, do.KillGroup):
                 group.stopping = True
                 self.kill(group)
@@ -179,16 +182,16 @@ class Node:
     # -- a new daemon ---------------------------------------------------------------------------------------
 
     def adopt(self) -> None:
-        """What a new daemon finds on record; what was emptied meanwhile is gone."""
+        """What a new daemon finds on record. Who died meanwhile is there, until it was killed and seen empty."""
         for key, group in list(self.groups.items()):
-            if group.empty or not group.running:
+            if not group.running:
                 del self.groups[key]
                 continue
+            group.empty = False
             self._world.tell(
                 on.Adopted(
                     group.worker, group.incarnation, group.pid, group.peer, group.token, group.spec, group.grant,
-                    group.limits, group.started_at, group.stopping, ready=group.ready,
+                    group.limits, group.started_at, group.stopping, ready=group.ready, draining=group.draining,
+                    ended=None if group.status is None else ExitStatus(),
                 )
             )  # fmt: skip
-            if group.status is not None:
-                self._later(on.Exited(group.worker, group.incarnation, ExitStatus()))

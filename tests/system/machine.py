@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 import llmos
 from llmos.errors import LlmosError
 from llmos.types import Worker
@@ -59,6 +61,7 @@ class Machine:
         self._failpoint = ""
         self.daemon: subprocess.Popen[bytes] | None = None
         self._clients = contextlib.ExitStack()
+        self._watcher: llmos.Client | None = None
         self.configure()
 
     def configure(self, text: str = "", *, gateway: bool = False) -> None:
@@ -77,6 +80,7 @@ class Machine:
 
     def start(self, *, expect_failure: bool = False) -> None:
         """Start the daemon, and wait until it answers."""
+        self._watch_no_more()
         log = (self.root / "daemon.log").open("ab")
         command = [*self.prefix, sys.executable, "-m", "llmosd", "--root", str(self.root)]
         # From a directory of no meaning: nothing may depend on where it was started.
@@ -101,6 +105,17 @@ class Machine:
     def client(self) -> llmos.Client:
         """A client of its own, closed with the machine."""
         return self._clients.enter_context(llmos.Client(str(self.runtime)))
+
+    @property
+    def watcher(self) -> llmos.Client:
+        """A client to look at this daemon with, again and again: connecting costs more than a look."""
+        self._watcher = self._watcher or llmos.Client(str(self.runtime))
+        return self._watcher
+
+    def _watch_no_more(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
 
     @property
     def url(self) -> str:
@@ -148,8 +163,7 @@ class Machine:
         )
 
     def worker(self, name: str) -> Worker:
-        with llmos.Client(str(self.runtime)) as client:
-            return client.worker(name)
+        return self.watcher.worker(name)
 
     def wait_worker(self, name: str, *states: str, not_pid: int = 0) -> Worker:
         """Wait until a worker is in one of the states, with another process than `not_pid`."""
@@ -163,9 +177,33 @@ class Machine:
 
         return wait_for(f"worker {name} in {' or '.join(states)}", look)
 
+    @property
+    def group(self) -> str:
+        """What this daemon calls its cgroups' directory, and begins its marks with."""
+        return f"llmosd-{hashlib.sha256(str(self.runtime).encode()).hexdigest()[:12]}"
+
+    def cgroups(self) -> list[Path]:
+        """The directories of this daemon's cgroups; none where none can be made."""
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        roots = [Path(fields[4]) for fields in mounts if fields[fields.index("-") + 1] == "cgroup2"]
+        # Not rglob, which fails when one of others goes meanwhile.
+        return [Path(at, self.group) for root in roots for at, names, _ in os.walk(root) if self.group in names]
+
+    def check_cgroups(self) -> None:
+        """Wait until each live worker has a cgroup with all of its processes and no other, and nothing else has one."""
+
+        def agree() -> bool:
+            workers = {worker.name: worker.pid for worker in self.watcher.ps() if worker.pid}
+            groups = [path for base in self.cgroups() for path in base.iterdir() if "@" in path.name]
+            if sorted(path.name.rpartition("-")[0] for path in groups) != sorted(workers):
+                return False
+            return all(_held(path) == _tree(workers[path.name.rpartition("-")[0]]) for path in groups)
+
+        assert not self.cgroups() or wait_for("cgroups that hold the workers and nobody else", agree)
+
     def processes(self) -> list[int]:
         """Every process on this machine that belongs to this daemon's workers: by mark, and by cgroup."""
-        group = f"llmosd-{hashlib.sha256(str(self.runtime).encode()).hexdigest()[:12]}"
+        group = self.group
         mark = f"LLMOSD_GROUP={group}/".encode()
         found = []
         for directory in Path("/proc").glob("[0-9]*"):
@@ -183,8 +221,7 @@ class Machine:
         """Wait until there is no process besides those that `ps` shows, and nobody unreaped."""
 
         def others() -> set[int]:
-            with llmos.Client(str(self.runtime)) as client:
-                shown = {pid for worker in client.ps() for pid in (worker.pid, worker.engine_pid)}
+            shown = {pid for worker in self.watcher.ps() for pid in (worker.pid, worker.engine_pid)}
             return set(self.processes()) - shown
 
         wait_for("end of all other processes", lambda: not others() and not self.zombies())
@@ -205,6 +242,7 @@ class Machine:
 
     def close(self) -> None:
         """End everything, whatever state it is in."""
+        self._watch_no_more()
         self._clients.close()
         if self.daemon is not None:
             self.daemon.kill()
@@ -212,6 +250,27 @@ class Machine:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for base in self.cgroups():
+            for path in sorted(base.glob("**/"), reverse=True):
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # one whose last process has not quite gone stays: the test has failed already
+
+
+def _held(cgroup: Path) -> set[int]:
+    """The processes in a cgroup, and in those below it."""
+    try:
+        return {int(pid) for file in cgroup.rglob("cgroup.procs") for pid in file.read_text().split()}
+    except OSError:
+        return set()  # it was just removed
+
+
+def _tree(pid: int) -> set[int]:
+    """A process and its descendants, without those that have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(pid)
+        tree = (leader, *leader.children(recursive=True))
+        return {process.pid for process in tree if process.status() != psutil.STATUS_ZOMBIE}
+    return {0}  # some of it just ended
 
 
 @contextlib.contextmanager
@@ -228,6 +287,7 @@ def machine() -> Iterator[Machine]:
             assert made.stop() == 0, f"the daemon failed:\n{made.log()}"
             assert wait_for("end of all processes", lambda: not made.processes())
             assert made.sockets() == []
+            assert made.cgroups() == []
             assert "Traceback" not in made.log(), made.log()
     finally:
         # Shown by pytest where the test failed.

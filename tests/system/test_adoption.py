@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import psutil
@@ -11,6 +12,9 @@ from engine_models import command, openai, simulated
 from machine import Machine, wait_for
 
 from llmos.errors import DaemonUnreachable
+
+#: How a worker ended that was killed while there was no daemon: nobody knows, once init has reaped it.
+UNSEEN = ("exit status unknown", "killed by signal 9")
 
 
 def test_workers_live_on_when_their_daemon_is_killed_and_serve_the_next_one(a_machine: Machine) -> None:
@@ -76,22 +80,59 @@ def test_what_is_left_of_a_worker_that_died_without_a_daemon_is_ended(a_machine:
     os.kill(before.pid, signal.SIGKILL)
     wait_for("end of the host", lambda: not _lives(tree[0]))
     a_machine.start()
-    # Before the daemon serves anybody.
+    # It is started again, as after any failure, once nothing is left of its earlier life.
+    after = a_machine.wait_worker("stubborn@1", "ready", not_pid=before.pid)
     assert not any(_lives(process) for process in tree)
-    assert a_machine.processes() == []
-    assert not (a_machine.runtime / "workers" / "stubborn@1.json").exists()
+    assert after.restarts == 1 and after.last_exit in UNSEEN
+
+
+def test_a_worker_that_was_stopped_by_an_operator_and_died_without_a_daemon_stays_down(a_machine: Machine) -> None:
+    patient = '[restart]\npolicy = "always"\n[timeouts]\ndrain = "60s"\n'
+    a_machine.model(simulated("sim", decode_rate=10, rest=patient))
+    a_machine.start()
     client = a_machine.client
-    assert client.wait(client.start("stubborn").workers)[0].pid != before.pid
+    before = client.wait(client.start("sim").workers)[0]
+    answer = client.run("sim", "never ending", stream=True, max_tokens=1000)
+    assert next(answer).text
+    client.stop("sim")
+    a_machine.wait_worker("sim@1", "draining")
+    record = a_machine.runtime / "workers" / "sim@1.json"
+    wait_for("intent on record", lambda: '"draining":true' in record.read_text())
+    a_machine.kill()
+    client.close()  # or its request would come back, and start the worker anew
+    os.kill(before.pid, signal.SIGKILL)
+    a_machine.start()
+    worker = a_machine.wait_worker("sim@1", "stopped")
+    assert worker.restarts == 0 and worker.last_exit in UNSEEN
+    assert not record.exists()
 
 
-def test_a_damaged_record_is_set_aside_and_its_worker_ends_by_itself(a_machine: Machine) -> None:
-    a_machine.configure('[node]\norphan_timeout = "1s"\n')
+def test_how_a_worker_ended_that_its_daemon_has_seen_is_known_to_the_next_one(a_machine: Machine) -> None:
+    ends = "import os, pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.02)\nos._exit(7)"
+    sign = a_machine.root / "end"
+    a_machine.model(command([sys.executable, "-c", ends, str(sign)], name="plain", rest='[restart]\ndelay = "50ms"\n'))
+    a_machine.prepare_failpoint("exit.seen=kill")
+    a_machine.start()
+    client = a_machine.client
+    before = client.wait(client.start("plain").workers)[0]
+    a_machine.arm()
+    sign.touch()
+    assert a_machine.daemon is not None and a_machine.daemon.wait(20) == -signal.SIGKILL
+    a_machine.disarm()
+    sign.unlink()
+    a_machine.start()
+    after = a_machine.wait_worker("plain@1", "ready", not_pid=before.pid)
+    assert (after.restarts, after.last_exit) == (1, "exit code 7")
+
+
+def test_a_damaged_record_is_set_aside_and_its_worker_ended_before_it_is_started_again(a_machine: Machine) -> None:
     a_machine.model(simulated("sim"))
     a_machine.model(simulated("other"))
     a_machine.start()
     client = a_machine.client
     before = client.wait([*client.start("sim").workers, *client.start("other").workers])
     pids = {worker.name: worker.pid for worker in before}
+    stranger = psutil.Process(pids["sim@1"])
     a_machine.kill()
     record = a_machine.runtime / "workers" / "sim@1.json"
     record.write_bytes(record.read_bytes()[:100])
@@ -99,11 +140,12 @@ def test_a_damaged_record_is_set_aside_and_its_worker_ends_by_itself(a_machine: 
     assert record.with_suffix(".damaged").exists() and not record.exists()
     warned = [event for event in a_machine.client.events() if event.kind == "warning"]
     assert any("was set aside" in event.message and event.subject == "sim@1" for event in warned)
-    # Not killed: nobody can tell what it is. No daemon answers it, so it ends.
+    # Its cgroup says whose it is, or its mark; there are never two of it.
+    assert not _lives(stranger)
+    assert any(str(pids["sim@1"]) in event.message and "on no record" in event.message for event in warned)
     assert a_machine.client.run("sim", "hello", max_tokens=1).completion_tokens == 1
     assert a_machine.worker("sim@1").pid != pids["sim@1"]
     assert a_machine.worker("other@1").pid == pids["other@1"]
-    wait_for("end of the stranger", lambda: not psutil.pid_exists(pids["sim@1"]))
     a_machine.check_processes()
 
 
@@ -133,8 +175,10 @@ def test_without_a_daemon_workers_end_with_all_they_forked_after_the_orphan_time
     a_machine.kill()
     wait_for("end of them all", lambda: not any(_lives(process) for process in tree))
     assert a_machine.processes() == []
+    # It was wanted, and its policy is to come back when it fails: nobody told it to end.
     a_machine.start()
-    assert a_machine.client.ps(include_stopped=True) == ()
+    wait_for("restart with the reason", lambda: any("no daemon for" in e.message for e in a_machine.client.events()))
+    assert a_machine.wait_worker("stubborn@1", "ready", not_pid=pid).restarts == 1
 
 
 def test_a_second_daemon_on_the_same_runtime_directory_is_refused(a_machine: Machine) -> None:

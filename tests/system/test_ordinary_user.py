@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 
@@ -12,33 +11,21 @@ import psutil
 import pytest
 from engine_models import command, openai, simulated
 from machine import Machine, machine, wait_for
+from ordinary import NOBODY, make_ordinary, start
 
 from llmos.types import Worker
-from llmosd.node.groups import MARK
-from llmosd.node.marked import MarkedGroup
+from llmosd.node.groups import MARK, mark_of
+from llmosd.node.marked import MarkedGroup, MarkedGroups
 from llmosd.node.records import start_ticks
-
-NOBODY = 65534
 
 
 @pytest.fixture
 def users_machine() -> Iterator[Machine]:
-    """A machine whose daemon is not root's. Where these tests are not either, it is theirs."""
+    """A machine whose daemon is not root's."""
     with machine() as made:
-        if os.geteuid() == 0:
-            as_nobody = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-            # Nobody may write anything; but root's Python and this checkout may be where only root can look.
-            may_read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
-            made.prefix = (str(shutil.which("setpriv")), *as_nobody, *may_read)
+        make_ordinary(made)
         yield made
         assert not left(made)
-
-
-def start(users_machine: Machine) -> None:
-    if os.geteuid() == 0:
-        for path in (users_machine.root, *users_machine.root.rglob("*")):
-            os.chown(path, NOBODY, NOBODY)
-    users_machine.start()
 
 
 def left(users_machine: Machine) -> list[psutil.Process]:
@@ -102,8 +89,34 @@ def test_what_is_left_of_a_tree_whose_daemon_and_host_were_killed_is_found_by_it
     users_machine.kill()
     os.kill(worker.pid, signal.SIGKILL)
     users_machine.start()
+    worker = users_machine.wait_worker("stubborn@1", "failed")
     assert not left(users_machine)
-    assert users_machine.client.ps() == ()
+    assert worker.last_exit != "exit code 0"
+
+
+def test_without_cgroups_too_what_no_record_names_is_ended_before_its_worker_is_started_again(
+    users_machine: Machine,
+) -> None:
+    worker = stubborn(users_machine, "keep-environment")
+    users_machine.kill()
+    (users_machine.runtime / "workers" / "stubborn@1.json").write_text("{}")
+    users_machine.start()
+    assert not left(users_machine) and worker.pid not in users_machine.processes()
+    users_machine.check_processes()
+
+
+def test_what_a_worker_of_another_daemon_left_is_no_stray_of_this_one() -> None:
+    ours, others = MarkedGroups("llmosd-test-ours"), MarkedGroups("llmosd-test-others")
+    mark = mark_of("llmosd-test-ours", "sim@1", 7)
+    marked = os.posix_spawn("/bin/sleep", ["sleep", "100"], {MARK: mark}, setsid=True)
+    try:
+        assert others.unknown(set()) == []
+        assert ours.unknown({mark}) == []
+        ((found, group),) = ours.unknown(set())
+        assert (found, group.members()) == (mark, [marked])
+    finally:
+        os.kill(marked, signal.SIGKILL)
+        os.waitpid(marked, 0)
 
 
 def test_a_group_whose_leaders_number_became_a_strangers_is_not_the_strangers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
@@ -211,3 +212,55 @@ def test_of_two_processes_of_one_name_the_one_that_came_late_is_ended() -> None:
     assert shell.only(do.Spawn).worker == "m@1"
     adopt(shell, spec(minimum=1))
     assert shell.only(do.KillGroup).incarnation == OLD
+
+
+def died(shell: Shell, one: ModelSpec, **fields: object) -> list[do.Effect]:
+    """The new daemon finds on record a worker that is no more."""
+    ended = ExitStatus()
+    event = on.Adopted(
+        "m@1", OLD, 4242, peer_of("m@1"), TOKEN, one, Grant(1000), one.limits, 100.0, ended=ended, **fields  # type: ignore[arg-type]
+    )  # fmt: skip
+    return shell.tell(event)
+
+
+def test_a_worker_that_died_without_a_daemon_is_restarted_as_after_any_failure_once_its_group_is_empty() -> None:
+    shell = successor(spec())
+    died(shell, spec(), detail="the engine exited with code 3")
+    assert shell.only(do.KillGroup).worker == "m@1"
+    assert shell.state("m@1") == State.STOPPING
+    assert shell.kernel.ledger().free.millicpus == -1000, "held until the group is empty"
+    shell.count()
+    assert shell.none(do.Spawn)
+    shell.tell(on.Emptied("m@1", OLD))
+    assert shell.state("m@1") == State.BACKOFF
+    (view,) = shell.kernel.workers()
+    assert (view.last_exit, view.why) == ("exit status unknown", "the engine exited with code 3")
+    assert shell.wait(1) and shell.state("m@1") == State.STARTING
+
+
+def test_a_restart_waits_until_the_devices_are_counted() -> None:
+    shell = successor(spec())
+    died(shell, spec())
+    shell.tell(on.Emptied("m@1", OLD))
+    shell.wait(5)
+    assert shell.state("m@1") == State.BACKOFF
+    shell.count()
+    shell.wait(1)
+    assert shell.state("m@1") == State.STARTING
+
+
+@pytest.mark.parametrize("intent", ["stopping", "draining"])
+def test_a_worker_that_was_to_end_and_died_without_a_daemon_stays_down(intent: str) -> None:
+    shell = successor(spec())
+    died(shell, spec(), **{intent: True})
+    shell.count()
+    shell.tell(on.Emptied("m@1", OLD))
+    shell.wait(60)
+    assert shell.state("m@1") == State.STOPPED
+
+
+def test_that_a_worker_drains_is_put_on_record() -> None:
+    shell = taken_over()
+    shell.hello("m@1")
+    shell.command(on.Stop, "m@1")
+    assert shell.only(do.NoteDraining) == do.NoteDraining("m@1", OLD)

@@ -63,7 +63,7 @@ def test_changes_of_limits_are_made_and_recorded_one_after_another_in_their_orde
         events: asyncio.Queue[on.Event] = asyncio.Queue()
         order = Order(argv=("sleep", "1000"), env=dict(os.environ))
         node = Node(
-            "llmosd-test", Maker(slow, MarkedGroups()), tmp_path, tmp_path, 1 << 20, events.put_nowait,
+            "llmosd-test", Maker(slow, MarkedGroups("llmosd-test")), tmp_path, tmp_path, 1 << 20, events.put_nowait,
             lambda worker, what: None,
             lambda effect, birth, confinement: Program(order),
         )  # fmt: skip

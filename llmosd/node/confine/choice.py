@@ -37,7 +37,7 @@ async def choose(wanted: str, name: str) -> Maker:
     """`wanted`: systemd, cgroup, process, or auto. `name`: of a cgroup of our own. Raises NoSuchMaker."""
     if wanted == "systemd" or (wanted == "auto" and _BOOTED.is_dir()):
         try:
-            return await _systemd()
+            return await _systemd(name)
         except (OSError, ImportError) as error:
             missing = isinstance(error, ImportError)
             why = f"{error}; pip install 'llmosd[systemd]' brings what it needs" if missing else str(error)
@@ -57,7 +57,7 @@ def _process(name: str) -> Maker:
     try:
         groups: Groups = without_controllers(name)
     except NotDelegated:
-        groups = MarkedGroups()
+        groups = MarkedGroups(name)
     return Maker(ProcessConfinement(), groups)
 
 
@@ -67,7 +67,7 @@ def _cgroup(name: str) -> Maker:
     return Maker(ControllerConfinement("cgroup", held, ProcessConfinement()), groups)
 
 
-async def _systemd() -> Maker:
+async def _systemd(name: str) -> Maker:
     if cgroup_of("self") is None:
         raise NotDelegated("no cgroup v2 tree is mounted")
     # Only where there is systemd is there a reason to have the library.
@@ -82,7 +82,7 @@ async def _systemd() -> Maker:
         unit = ""  # started by hand, in a session that is nobody's unit
     held = frozenset(limit for limit, knob in KNOBS.items() if knob.controller in _controllers(os.geteuid()))
     held = held if io_is_weighed() else held - _WEIGHED
-    return Maker(ControllerConfinement("systemd", held, ProcessConfinement()), ScopeGroups(manager, held, unit))
+    return Maker(ControllerConfinement("systemd", held, ProcessConfinement()), ScopeGroups(manager, held, unit, name))
 
 
 def _controllers(uid: int) -> frozenset[str]:

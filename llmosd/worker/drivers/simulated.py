@@ -54,12 +54,11 @@ class SimulatedEngine:
         wanted = tokens_wanted(body, TOKENS_DEFAULT, call.max_tokens)
         prompt_tokens = len(prompt.split())
         render = Renderer(call, self._model, FINGERPRINT)
-        words = [_word(prompt, index) for index in range(wanted)] if not call.stream else []
         clock = asyncio.get_running_loop().time
         start = clock() + prompt_tokens / self._engine.prefill_rate
         if not call.stream:
             await asyncio.sleep(start + wanted / self._engine.decode_rate - clock())
-            payload = render.whole("".join(words), "length", prompt_tokens, wanted)
+            payload = render.whole(text_of(prompt, wanted), "length", prompt_tokens, wanted)
             yield Finished(payload, prompt_tokens=prompt_tokens, completion_tokens=wanted)
             return
         for index in range(wanted):
@@ -69,6 +68,11 @@ class SimulatedEngine:
         if isinstance(options, dict) and options.get("include_usage"):
             yield Item(render.counts(prompt_tokens, wanted), tokens=0)
         yield Finished(prompt_tokens=prompt_tokens, completion_tokens=wanted, content_type="text/event-stream")
+
+
+def text_of(prompt: str, tokens: int) -> str:
+    """What it answers, whatever the machine does meanwhile."""
+    return "".join(_word(prompt, index) for index in range(tokens))
 
 
 def _word(prompt: str, index: int) -> str:

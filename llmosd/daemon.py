@@ -35,6 +35,7 @@ from llmosd.machine import LocalMachine
 from llmosd.modelfile import ModelDirectory
 from llmosd.node.confine.process import ProcessConfinement
 from llmosd.node.devices import take_inventory
+from llmosd.node.logwriter import LogWriter
 from llmosd.node.node import Node
 from llmosd.programs import GATEWAY, Programs, gateway_spec
 from llmosd.runtime import hold, ticket_key
@@ -84,9 +85,12 @@ class Daemon:
         self._http = HttpSocket(settings.gateway.listen, sockets.get("http", -1)) if settings.gateway.enabled else None
         self.events = EventLog(first=int(time.time() * 1000))
         programs = Programs(directories, settings, self._http)
+        logs = LogWriter(
+            directories.logs, directories.runtime / "logs.sock", int(settings.logs.max_size),
+            to_journal=notify.to_journal(settings.logs.journal), warn=log.warning,
+        )  # fmt: skip
         self.node = Node(
-            directories.runtime, directories.logs, settings.logs.max_size, ProcessConfinement(),
-            self.feed, self._warn, programs.program,
+            directories.runtime, logs, ProcessConfinement(), self.feed, self._warn, programs.program,
         )  # fmt: skip
         self._clients = ClientProcesses(lambda peer, why: self.feed(on.ClientLost(peer, why)))
         self._context = zmq.Context()
@@ -112,6 +116,7 @@ class Daemon:
         self.machine.counts += [
             lambda: dict(self._front.counts + self._back.counts),
             lambda: {"faults": self._faults},
+            self.node.logs.counts,
         ]
         self._control = ControlServer(self.machine, directories.control)
         self._carry = self._carriers()
@@ -258,10 +263,11 @@ class Daemon:
 
     def _happened(self, effect: do.Happened) -> None:
         self.events.append(effect, time.time())
-        log.info("%s %s%s", effect.subject, effect.kind, f": {effect.message}" if effect.message else "")
+        message = f": {effect.message}" if effect.message else ""
+        log.info("%s %s%s", effect.subject, effect.kind, message, extra=notify.fields(effect.subject, effect.model))
 
     def _warn(self, worker: str, sentence: str) -> None:
-        log.warning("%s: %s", worker, sentence)
+        log.warning("%s: %s", worker, sentence, extra=notify.fields(worker))
         self.events.append(do.Happened("warning", worker, sentence), time.time())
 
     # -- odds and ends --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -204,7 +205,15 @@ class LocalMachine:
         return Used(measured.cpu_percent, usage.memory_bytes, usage.resident_bytes, usage.processes, usage.threads)
 
     def log_file(self, worker: str) -> Path:
-        return self.node.log_file(worker)
+        return self.node.logs.log_file(worker)
+
+    def logged_workers(self, name: str) -> list[str]:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(@\d+)?", name):
+            return []  # no worker's name, but perhaps another file's
+        if "@" in name:
+            return [name] if self.log_file(name).exists() else []
+        names = (path.stem for path in self.node.logs.directory.glob(f"{name}@*.log"))
+        return sorted((worker for worker in names if worker.rpartition("@")[2].isdecimal()), key=_number)
 
     async def devices(self) -> tuple[list[DeviceRow], list[str]]:
         inventory = await asyncio.to_thread(take_inventory)
@@ -268,3 +277,7 @@ class LocalMachine:
 
         checks = await asyncio.to_thread(look)
         return [CheckRow(check.name, check.result, check.message, check.advice) for check in checks]
+
+
+def _number(worker: str) -> int:
+    return int(worker.rpartition("@")[2])

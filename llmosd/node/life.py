@@ -27,12 +27,15 @@ from llmosd.launch.gate import FIRST_GRANT, HOPELESS, Gate, Order, SetUpError
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
 from llmosd.node.groups import Group
+from llmosd.node.logwriter import Output
 from llmosd.node.records import Record
 
 T = TypeVar("T")
 
 #: Seconds that somebody else's reaping of an adopted worker is waited for, to learn its exit status.
 REAPED_WITHIN_S: Final = 2.0
+#: Characters of a worker's last line that are told as the reason of its end.
+LAST_LINE_MAX: Final = 200
 #: Seconds between two SIGKILLs to a group that does not go.
 KILL_AGAIN_S: Final = 2.0
 
@@ -46,7 +49,7 @@ class Birth(msgspec.Struct, frozen=True):
     mark: str
     #: A directory of its own that ends with it.
     scratch: Path
-    log_file: Path
+    output: Output
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -71,6 +74,8 @@ class Life:
         self.group = group
         self.birth = birth
         self.pid = 0
+        #: Tells people: (worker, sentence).
+        self.warn: Callable[[str, str], None] = lambda worker, sentence: None
         #: Called once the group is empty.
         self.on_empty: Callable[[], None] = lambda: None
         #: Its group is empty, and nothing of it is on record any more.
@@ -93,7 +98,11 @@ class Life:
         """Spawn, hold at the gate, put into the group and on record, let go. Ends with Spawned or SpawnFailed."""
         try:
             await self._in_thread(lambda: self._prepare())
-            gate = self._open_gate(program)
+            output = await self.birth.output.open()
+            try:
+                gate = self._open_gate(program, output)
+            finally:
+                os.close(output)
         except OSError as error:
             self._fail(on.SpawnFailed(self.worker, self.incarnation, "spawn", str(error)))
             return
@@ -101,6 +110,7 @@ class Life:
         try:
             failpoint("spawn.gated")
             await self._in_thread(lambda: self._register(effect))
+            await self.birth.output.say(f"started, pid {self.pid}")
             await gate.go(program.order)
         except (OSError, SetUpError) as error:
             gate.shut()
@@ -120,17 +130,16 @@ class Life:
         shutil.rmtree(self.birth.scratch, ignore_errors=True)
         self.birth.scratch.mkdir(mode=0o700, parents=True)
 
-    def _open_gate(self, program: Program) -> Gate:
-        log = os.open(self.birth.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    def _open_gate(self, program: Program, output: int) -> Gate:
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         config = os.memfd_create("llmosd-config", os.MFD_CLOEXEC)
         try:
             os.write(config, program.config)
             os.lseek(config, 0, os.SEEK_SET)
             sources = (config, *program.grants)
-            return Gate.spawn(stdin=null, stdout=log, stderr=log, grants=dict(enumerate(sources, FIRST_GRANT)))
+            return Gate.spawn(stdin=null, stdout=output, stderr=output, grants=dict(enumerate(sources, FIRST_GRANT)))
         finally:
-            for fd in (log, null, config):
+            for fd in (null, config):
                 os.close(fd)
 
     def _register(self, effect: do.Spawn) -> None:
@@ -153,6 +162,7 @@ class Life:
             limits=effect.limits,
             grant=effect.grant,
             cgroup=self.group.cgroup,
+            output_inode=self.birth.output.inode,
         )
         records.write(self._directory, self._record)
         failpoint("spawn.recorded")
@@ -166,6 +176,7 @@ class Life:
         return on.SpawnFailed(self.worker, self.incarnation, error.step, str(error))
 
     def _fail(self, event: on.SpawnFailed) -> None:
+        self._spawn_task(self._told_end(f"could not be started: {event.reason}"))
         self._forget()
         self._settled.set()
         self._exited.set()
@@ -179,12 +190,21 @@ class Life:
         self.pid, self._pidfd, self._record = record.pid, pidfd, record
         self._settled.set()
         self._loop.add_reader(pidfd, self._on_exit)
+        self._spawn_task(self._take_up_output(record))
+
+    async def _take_up_output(self, record: Record) -> None:
+        wrong = await self.birth.output.take_up(
+            record.output_inode, lambda: [record.pid, *self.group.members()]
+        )  # fmt: skip
+        if wrong:
+            self.warn(self.worker, wrong)
 
     def take_over_remains(self, record: Record) -> None:
         """Its leader is gone; whatever is left of its group must go too."""
         self._record = record
         self._settled.set()
         self._exited.set()
+        self._spawn_task(self._told_end("ended while there was no daemon"))
         self.kill()
 
     # -- what is asked of it --------------------------------------------------------------------------------
@@ -257,16 +277,21 @@ class Life:
         os.close(self._pidfd)
         self._pidfd = -1
         failpoint("exit.seen")
-        detail = await self._in_thread(self._last_words) if status != (0, None) else ""
-        self._emit(on.Exited(self.worker, self.incarnation, ExitStatus(*status), detail))
+        exit_status = ExitStatus(*status)
+        last_line = await self.birth.output.end(f"ended: {exit_status}")
+        detail = await self._in_thread(lambda: self._last_words(exit_status, last_line)) if status != (0, None) else ""
+        self._emit(on.Exited(self.worker, self.incarnation, exit_status, detail))
         self._exited.set()
 
-    def _last_words(self) -> str:
-        """The host's record of how its engine ended, if it wrote one."""
+    def _last_words(self, status: ExitStatus, last_line: str) -> str:
+        """The host's record of how its engine ended, if it wrote one; else the end of what the worker printed."""
         try:
             return (self.birth.scratch / "engine-exit").read_text(errors="replace")[:1000]
         except OSError:
-            return ""
+            return f"{status}; its last line: {last_line[:LAST_LINE_MAX]}" if last_line else ""
+
+    async def _told_end(self, text: str) -> None:
+        await self.birth.output.end(text)
 
     def _forget(self) -> None:
         with self._record_lock:

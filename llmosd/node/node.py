@@ -27,6 +27,7 @@ from llmosd.node import records
 from llmosd.node.confine import Confinement
 from llmosd.node.groups import Groups, signal_process
 from llmosd.node.life import Birth, Life, Program
+from llmosd.node.logwriter import LogWriter
 from llmosd.node.records import Record
 from llmosd.node.usage import CpuMeter, Usage, sample
 
@@ -66,8 +67,7 @@ class Node:
     def __init__(
         self,
         runtime: Path,
-        logs: Path,
-        log_max_bytes: int,
+        logs: LogWriter,
         confinement: Confinement,
         emit: Callable[[on.Event], None],
         warn: Callable[[str, str], None],
@@ -78,8 +78,7 @@ class Node:
         self.measured: dict[str, Measured] = {}
         self._records = runtime / "workers"
         self._scratch = runtime / "scratch"
-        self._logs = logs
-        self._log_max_bytes = log_max_bytes
+        self.logs = logs
         self._emit = emit
         self._warn = warn
         self._program = program
@@ -104,11 +103,9 @@ class Node:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.logs.close()
         self.groups.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def log_file(self, worker: str) -> Path:
-        return self._logs / f"{worker}.log"
 
     # -- effects --------------------------------------------------------------------------------------------
 
@@ -117,7 +114,8 @@ class Node:
         identity = b"\x01" + os.urandom(_IDENTITY_BYTES - 1)
         scratch = self._scratch / effect.worker
         mark = self.groups.mark(effect.worker, effect.incarnation)
-        birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, self.log_file(effect.worker))
+        output = self.logs.output(effect.worker, effect.spec.model)
+        birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, output)
         life = self._life(effect.worker, effect.incarnation, birth)
         self._limits[effect.worker] = effect.limits
         try:
@@ -195,7 +193,8 @@ class Node:
 
     def _take_over(self, record: Record) -> on.Adopted | None:
         mark = self.groups.mark(record.worker, record.incarnation)
-        birth = Birth(record.identity, record.token, mark, self._scratch / record.worker, self.log_file(record.worker))
+        output = self.logs.output(record.worker, record.spec.model)
+        birth = Birth(record.identity, record.token, mark, self._scratch / record.worker, output)
         if record.boot_id != records.boot_id():
             records.remove(self._records, record.worker)
             return None
@@ -251,7 +250,7 @@ class Node:
             time.sleep(0.01)
 
     def _is_leader(self, pid: int) -> bool:
-        return any(life.pid == pid for life in list(self._lives.values()))
+        return pid == self.logs.pid or any(life.pid == pid for life in list(self._lives.values()))
 
     def _look_at(self, lives: list[Life]) -> list[Look]:
         """One thread's work for several workers: handing it over costs more than looking at one that is idle."""
@@ -263,7 +262,6 @@ class Node:
             if over:
                 # Cheap figures may count shared pages twice: look closely before anything is killed.
                 over = self.confinement.over_limit(limits, sample(life.group.members(), exact=True))
-            _cap(life.birth.log_file, self._log_max_bytes)
             looks.append(Look(life, usage, over))
         return looks
 
@@ -285,11 +283,10 @@ class Node:
     def _keep(self, life: Life) -> Life:
         self._lives[life.worker] = life
         life.on_empty = lambda: self._gone(life)
+        life.warn = self._warn
         return life
 
     def _gone(self, life: Life) -> None:
-        # A command without a host that printed much and ended was perhaps never looked at.
-        self._spawn_task(self._in_thread(lambda: _cap(life.birth.log_file, self._log_max_bytes)))
         if self._lives.get(life.worker) is life:
             del self._lives[life.worker]
             self.measured.pop(life.worker, None)
@@ -306,20 +303,3 @@ class Node:
         task: asyncio.Task[None] = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _cap(log: Path, max_bytes: int) -> None:
-    """Keep a log in bounds whose writer does not do it itself: a command without a host writes straight to it.
-
-    The file is cut in place, since its writer holds it open for appending; its last part becomes the older file.
-    """
-    try:
-        size = log.stat().st_size
-        if size <= max_bytes:
-            return
-        with log.open("r+b") as file:
-            file.seek(size - max_bytes // 4)
-            log.with_name(log.name + ".1").write_bytes(file.read(max_bytes // 4))
-            file.truncate(0)
-    except OSError:
-        return  # the next look tries again

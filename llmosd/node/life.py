@@ -288,7 +288,8 @@ class Life:
         try:
             return (self.birth.scratch / "engine-exit").read_text(errors="replace")[:1000]
         except OSError:
-            return f"{status}; its last line: {last_line[:LAST_LINE_MAX]}" if last_line else ""
+            # One that was asked to end has no reason but that.
+            return f"{status}; its last line: {last_line[:LAST_LINE_MAX]}" if last_line and not status.clean else ""
 
     async def _told_end(self, text: str) -> None:
         await self.birth.output.end(text)

@@ -39,6 +39,7 @@ from llmosd.machine import LocalMachine
 from llmosd.modelfile import ModelDirectory
 from llmosd.node.confine.choice import Maker
 from llmosd.node.devices import take_inventory
+from llmosd.node.logwriter import LogWriter
 from llmosd.node.node import Node
 from llmosd.programs import GATEWAY, Programs, gateway_spec
 from llmosd.runtime import daemon_name, ticket_key
@@ -102,9 +103,12 @@ class Daemon:
         self.events = EventLog(first=int(time.time() * 1000))
         self._isolator = Isolator(directories)
         programs = Programs(directories, settings, self._http, self._isolator)
+        logs = LogWriter(
+            directories.logs, directories.runtime / "logs.sock", int(settings.logs.max_size),
+            to_journal=notify.to_journal(settings.logs.journal), warn=log.warning,
+        )  # fmt: skip
         self.node = Node(
-            daemon_name(directories.runtime), maker, directories.runtime, directories.logs, settings.logs.max_size,
-            self.feed, self._warn, programs.program,
+            daemon_name(directories.runtime), maker, directories.runtime, logs, self.feed, self._warn, programs.program,
         )  # fmt: skip
         self._isolation = IsolationCheck(directories, self._isolator, self.node.helpers)
         self._clients = ClientProcesses(lambda peer, why: self.feed(on.ClientLost(peer, why)))
@@ -129,6 +133,7 @@ class Daemon:
         self.machine.counts += [
             lambda: dict(self._front.counts + self._back.counts),
             lambda: {"faults": self._kernel_loop.faults},
+            self.node.logs.counts,
         ]
         self._control = ControlServer(self.machine, directories.control)
         self._kernel_loop.carriers = self._carriers()
@@ -267,10 +272,11 @@ class Daemon:
 
     def _happened(self, effect: do.Happened) -> None:
         self.events.append(effect, time.time())
-        log.info("%s %s%s", effect.subject, effect.kind, f": {effect.message}" if effect.message else "")
+        message = f": {effect.message}" if effect.message else ""
+        log.info("%s %s%s", effect.subject, effect.kind, message, extra=notify.fields(effect.subject, effect.model))
 
     def _warn(self, worker: str, sentence: str) -> None:
-        log.warning("%s: %s", worker, sentence)
+        log.warning("%s: %s", worker, sentence, extra=notify.fields(worker))
         self.events.append(do.Happened("warning", worker, sentence), time.time())
 
     # -- odds and ends --------------------------------------------------------------------------------------

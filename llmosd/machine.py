@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -249,7 +250,15 @@ class LocalMachine:
         return gauges
 
     def log_file(self, worker: str) -> Path:
-        return self.node.log_file(worker)
+        return self.node.logs.log_file(worker)
+
+    def logged_workers(self, name: str) -> list[str]:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(@\d+)?", name):
+            return []  # no worker's name, but perhaps another file's
+        if "@" in name:
+            return [name] if self.log_file(name).exists() else []
+        names = (path.stem for path in self.node.logs.directory.glob(f"{name}@*.log"))
+        return sorted((worker for worker in names if worker.rpartition("@")[2].isdecimal()), key=_number)
 
     async def devices(self) -> tuple[list[DeviceRow], list[str]]:
         inventory = await asyncio.to_thread(take_inventory)
@@ -334,3 +343,7 @@ def _own_cpus(workers: Sequence[WorkerView], cpus: CpuSet) -> dict[str, str]:
     own = {view.name: CpuSet(set(view.grant.cpus) & set(cpus)) for view in workers}
     held = {f"exclusive:{name}": str(its) for name, its in own.items() if its}
     return held | {"shared": str(CpuSet(set(cpus).difference(*own.values())))} if held else {}
+
+
+def _number(worker: str) -> int:
+    return int(worker.rpartition("@")[2])

@@ -30,13 +30,30 @@ _daemon: Final = _import("systemd.daemon")
 
 def log_handler() -> logging.Handler:
     """Where the daemon's own log goes: the journal, when systemd connected stderr to it, else stderr."""
-    journal = _import("systemd.journal") if os.environ.get("JOURNAL_STREAM") else None
+    journal = _import("systemd.journal") if _under_journal() else None
     if journal is not None:
         handler: logging.Handler = journal.JournalHandler(SYSLOG_IDENTIFIER="llmosd")
         return handler
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     return handler
+
+
+def _under_journal() -> bool:
+    """Whether systemd connected stderr to the journal. The variable is inherited further: systemd.exec(5)."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def to_journal(wanted: str) -> bool:
+    """Whether workers' output goes to the journal too: ``yes``, ``no``, or as the daemon's own (``auto``)."""
+    return _under_journal() if wanted == "auto" else wanted == "yes"
+
+
+def fields(subject: str, model: str = "") -> dict[str, str]:
+    """A worker's fields in the journal, for the daemon's own lines on it: the same as its output has."""
+    of, at, _ = subject.rpartition("@")
+    return {"LLMOS_WORKER": subject, "LLMOS_MODEL": of} if at else {"LLMOS_MODEL": model} if model else {}
 
 
 def notify(state: str) -> None:

@@ -106,8 +106,6 @@ class Programs:
             ),
             scratch=str(birth.scratch),
             weights_path=(str(self._directories.state / "models"), str(self._directories.models)),
-            log_file=str(birth.log_file),
-            log_max_bytes=int(self._settings.logs.max_size),
             stop_timeout=max(0.5, float(spec.timeouts.stop) * 0.8),
             orphan_timeout=float(self._settings.node.orphan_timeout),
         )

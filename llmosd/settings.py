@@ -32,6 +32,10 @@ class Logs(Declared, frozen=True, kw_only=True):
     """Workers' logs."""
 
     max_size: Annotated[Bytes, doc("what a worker's log may take on disk")] = Bytes(32 << 20)
+    journal: Annotated[
+        Literal["auto", "yes", "no"],
+        doc("whether workers' output also goes to systemd's journal; `auto`: when the daemon's own log goes there"),
+    ] = "auto"
     level: Annotated[Literal["debug", "info", "warning", "error"], doc("of the daemon's own log")] = "info"
 
 

@@ -29,7 +29,7 @@ from llmos import completions, types
 from llmos.answers import Pieces, completion, whole
 from llmos.bus import AsyncBus, Stream
 from llmos.errors import DaemonUnreachable, DeadlineExceeded, Invalid
-from llmos.following import DEAD_ENDS, FollowedLog, arrived, where
+from llmos.following import DEAD_ENDS, arrived, where
 from llmos.signals import signal_number
 
 if TYPE_CHECKING:
@@ -115,14 +115,15 @@ class AsyncClient:
 
     async def logs(self, worker: str, *, lines: int = 100, follow: bool = False) -> AsyncGenerator[str]:
         """A worker's log: the last `lines`, -1: all that are kept; with `follow` on and on, across restarts."""
-        log = FollowedLog(lines, follow)
+        position: int | None = None
 
         def request() -> Any:
-            return _messages().ReadLogsRequest(worker=worker, lines=log.reopened(), follow=follow)
+            return _messages().ReadLogsRequest(worker=worker, lines=lines, follow=follow, after=position)
 
         async with aclosing(self._connected().stream("ReadLogs", request, again=follow)) as answers:
             async for answer in answers:
-                for line in log.received(answer.lines):
+                position = answer.position
+                for line in answer.lines:
                     yield line
 
     async def events(self, *, after: int = 0, follow: bool = False) -> AsyncGenerator[types.Event]:

@@ -123,6 +123,9 @@ class Machine(Protocol):
 
     def log_file(self, worker: str) -> Path: ...
 
+    def logged_workers(self, name: str) -> list[str]:
+        """Workers with a log: those of a model, or the one of that name. They need not be there any more."""
+
     async def devices(self) -> tuple[list[DeviceRow], list[str]]:
         """(devices, notes)"""
 

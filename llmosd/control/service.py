@@ -246,13 +246,18 @@ class ControlService(pb_grpc.ControlServicer):
         fleet = self._machine.kernel.fleet
         name = request.worker
         if name not in fleet.workers:
-            await self._check_name(context, name, required=True)
-            workers = sorted(fleet.models[fleet.names.get(name, name)].workers)
-            if not workers:
+            # Its log stays when a worker is forgotten: with an earlier daemon, or with its model.
+            logged = self._machine.logged_workers(fleet.names.get(name, name))
+            if not logged:
+                await self._check_name(context, name, required=True)
+                logged = sorted(fleet.models[fleet.names.get(name, name)].workers)
+            if not logged:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no worker of {name} has run yet")
-            name = workers[0]
-        async for lines in follow_log(self._machine.log_file(name), request.lines or 100, follow=request.follow):
-            yield pb.LogLines(lines=lines)
+            name = logged[0]
+        after = request.after if request.HasField("after") else None
+        path = self._machine.log_file(name)
+        async for message in follow_log(path, request.lines or 100, follow=request.follow, after=after):
+            yield pb.LogLines(lines=message.lines, position=message.position)
 
     async def WatchEvents(self, request: pb.WatchEventsRequest, context: Any) -> AsyncIterator[pb.Event]:  # noqa: N802
         log, cursor = self._machine.events, request.after

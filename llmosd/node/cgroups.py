@@ -22,6 +22,7 @@ from llmosd.kernel.spec import Limits
 from llmosd.launch.cgroup import cgroup_of
 from llmosd.node import counters
 from llmosd.node.counters import Counters
+from llmosd.node.devices import usable_cpus
 from llmosd.node.groups import Group, signal_process
 from llmosd.node.records import Record
 
@@ -43,7 +44,7 @@ class Knob(msgspec.Struct, frozen=True):
 
 #: By limit; cgroup-v2.rst describes each file.
 KNOBS: Final = {
-    "allowed_cpus": Knob("cpuset", "cpuset.cpus", "\n", str),
+    "allowed_cpus": Knob("cpuset", "cpuset.cpus", write=str),
     "cpu_weight": Knob("cpu", "cpu.weight", "100"),
     "cpu_quota": Knob("cpu", "cpu.max", "max", lambda percent: f"{round(percent * _PERIOD_US / 100)} {_PERIOD_US}"),
     "memory_high": Knob("memory", "memory.high"),
@@ -76,7 +77,9 @@ class CgroupGroup:
         for name in changed(limits, before) & self._held:
             knob, value = KNOBS[name], getattr(limits, name)
             try:
-                (self._path / knob.file).write_text(knob.unset if value is None else knob.write(value))
+                # To a cgroup with processes the kernel refuses an empty cpuset: ENOSPC.
+                unset = str(usable_cpus()) if name == "allowed_cpus" else knob.unset
+                (self._path / knob.file).write_text(unset if value is None else knob.write(value))
             except OSError as error:
                 failed.append(f"{name} could not be changed ({knob.file}: {error.strerror})")
         return failed

@@ -29,6 +29,7 @@ from llmosd.launch.gate import FIRST_GRANT, FORBIDDEN, HOPELESS, ISOLATION, Gate
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
 from llmosd.node.groups import Group
+from llmosd.node.logwriter import Output
 from llmosd.node.oomlog import OomLog
 from llmosd.node.records import Record
 from llmosd.node.strain import Strain, out_of_memory
@@ -39,6 +40,8 @@ T = TypeVar("T")
 #: Seconds that somebody else's reaping of an adopted worker is waited for, to learn its exit status.
 REAPED_WITHIN_S: Final = 2.0
 CLEAN: Final = ExitStatus(code=0)
+#: Characters of a worker's last line that are told as the reason of its end.
+LAST_LINE_MAX: Final = 200
 #: Seconds between two SIGKILLs to a group that does not go.
 KILL_AGAIN_S: Final = 2.0
 _LAST_WORDS_BYTES: Final = 1000
@@ -53,7 +56,7 @@ class Birth(msgspec.Struct, frozen=True):
     mark: str
     #: A directory of its own that ends with it.
     scratch: Path
-    log_file: Path
+    output: Output
     #: The size of the log file when it was born.
     log_start: int = 0
 
@@ -82,6 +85,8 @@ class Life:
         self.pid = 0
         #: What holds it back, by the node's last look.
         self.strain = Strain()
+        #: Tells people: (worker, sentence).
+        self.warn: Callable[[str, str], None] = lambda worker, sentence: None
         #: Called once the group is empty.
         self.on_empty: Callable[[], None] = lambda: None
         #: Ends what it left to us as its parent's parent; where no group could hold that. May block.
@@ -109,7 +114,11 @@ class Life:
         """Spawn, hold at the gate, put into the group and on record, let go. Ends with Spawned or SpawnFailed."""
         try:
             await self._in_thread(lambda: self._prepare(program.order.user))
-            gate = self._open_gate(program)
+            output = await self.birth.output.open()
+            try:
+                gate = self._open_gate(program, output)
+            finally:
+                os.close(output)
         except OSError as error:
             self._fail(on.SpawnFailed(self.worker, self.incarnation, "spawn", str(error)))
             return
@@ -117,6 +126,7 @@ class Life:
         try:
             failpoint("spawn.gated")
             await self._in_thread(lambda: self._register(effect))
+            await self.birth.output.say(f"started, pid {self.pid}")
             await gate.go(program.order)
         except (OSError, SetUpError) as error:
             gate.shut()
@@ -138,17 +148,16 @@ class Life:
         if user is not None:
             os.chown(self.birth.scratch, user.uid, user.gid)
 
-    def _open_gate(self, program: Program) -> Gate:
-        log = os.open(self.birth.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    def _open_gate(self, program: Program, output: int) -> Gate:
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         config = os.memfd_create("llmosd-config", os.MFD_CLOEXEC)
         try:
             os.write(config, program.config)
             os.lseek(config, 0, os.SEEK_SET)
             sources = (config, *program.grants)
-            return Gate.spawn(stdin=null, stdout=log, stderr=log, grants=dict(enumerate(sources, FIRST_GRANT)))
+            return Gate.spawn(stdin=null, stdout=output, stderr=output, grants=dict(enumerate(sources, FIRST_GRANT)))
         finally:
-            for fd in (log, null, config):
+            for fd in (null, config):
                 os.close(fd)
 
     def _register(self, effect: do.Spawn) -> None:
@@ -172,6 +181,7 @@ class Life:
             grant=effect.grant,
             cgroup=self.group.cgroup,
             log_start=self.birth.log_start,
+            output_inode=self.birth.output.inode,
         )
         records.write(self._directory, self._record)
         failpoint("spawn.recorded")
@@ -186,6 +196,7 @@ class Life:
         return on.SpawnFailed(self.worker, self.incarnation, error.step, str(error), for_good)
 
     def _fail(self, event: on.SpawnFailed) -> None:
+        self._spawn_task(self._told_end(f"could not be started: {event.reason}"))
         self._forget()
         self._settled.set()
         self._exited.set()
@@ -199,14 +210,23 @@ class Life:
         self.pid, self._pidfd, self._record = record.pid, pidfd, record
         self._settled.set()
         self._loop.add_reader(pidfd, self._on_exit)
+        self._spawn_task(self._take_up_output(record))
+
+    async def _take_up_output(self, record: Record) -> None:
+        wrong = await self.birth.output.take_up(
+            record.output_inode, lambda: [record.pid, *self.group.members()]
+        )  # fmt: skip
+        if wrong:
+            self.warn(self.worker, wrong)
 
     def take_over_remains(self, record: Record) -> tuple[ExitStatus, str]:
         """Its leader is gone, and what is left of its group waits for `kill`. Returns how it ended, as in Exited."""
         self._record = record
         self._settled.set()
         self._exited.set()
+        self._spawn_task(self._told_end("ended while there was no daemon"))
         status = record.ended or records.end_of(record.pid, record.start_ticks)
-        return status, self._last_words(status) if status != CLEAN else ""
+        return status, self._last_words(status, "") if status != CLEAN else ""
 
     # -- what is asked of it --------------------------------------------------------------------------------
 
@@ -286,12 +306,14 @@ class Life:
         # Now that it is reaped, nobody else can tell how it ended.
         await self._in_thread(lambda: self._write(ended=how))
         failpoint("exit.seen")
-        detail = await self._in_thread(lambda: self._last_words(how)) if how != CLEAN else ""
+        last_line = await self.birth.output.end(f"ended: {how}")
+        detail = await self._in_thread(lambda: self._last_words(how, last_line)) if how != CLEAN else ""
         self._emit(on.Exited(self.worker, self.incarnation, how, detail))
         self._exited.set()
 
-    def _last_words(self, status: ExitStatus) -> str:
-        """What is known of its end: the host's record of how its engine ended, or that the OOM killer took it."""
+    def _last_words(self, status: ExitStatus, last_line: str) -> str:
+        """What is known of its end: the host's record of how its engine ended; that the OOM killer took it; or the end
+        of what it printed."""
         try:
             # The directory may be another user's: nothing that he put there leads to what is not his.
             harmless = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -303,10 +325,15 @@ class Life:
                 return file.read(_LAST_WORDS_BYTES).decode(errors="replace")
         except OSError:
             pass  # it wrote none
-        if status.signal != signal.SIGKILL or self._record is None:
-            return ""
-        counted = self.group.counters().oom_kills > self.strain.oom_kills
-        return out_of_memory(1, self._record.limits) if self._oom.took(self.pid) or counted else ""
+        if status.signal == signal.SIGKILL and self._record is not None:
+            counted = self.group.counters().oom_kills > self.strain.oom_kills
+            if self._oom.took(self.pid) or counted:
+                return out_of_memory(1, self._record.limits)
+        # One that was asked to end has no reason but that.
+        return f"{status}; its last line: {last_line[:LAST_LINE_MAX]}" if last_line and not status.clean else ""
+
+    async def _told_end(self, text: str) -> None:
+        await self.birth.output.end(text)
 
     def _forget(self) -> None:
         with self._record_lock:

@@ -28,6 +28,7 @@ from llmosd.node.confine.choice import Maker
 from llmosd.node.counters import Counters
 from llmosd.node.groups import mark_of, signal_process
 from llmosd.node.life import Birth, Life, Program
+from llmosd.node.logwriter import LogWriter
 from llmosd.node.looks import Due, Looks
 from llmosd.node.oomlog import OomLog
 from llmosd.node.printed import size_of
@@ -81,8 +82,7 @@ class Node:
         name: str,
         maker: Maker,
         runtime: Path,
-        logs: Path,
-        log_max_bytes: int,
+        logs: LogWriter,
         emit: Callable[[on.Event], None],
         warn: Callable[[str, str], None],
         program: Callable[[do.Spawn, Birth, Confinement], Program],
@@ -95,8 +95,7 @@ class Node:
         self.helpers: set[int] = set()
         self._records = runtime / "workers"
         self._scratch = runtime / "scratch"
-        self._logs = logs
-        self._log_max_bytes = log_max_bytes
+        self.logs = logs
         self._emit = emit
         self._warn = warn
         self._program = program
@@ -108,7 +107,7 @@ class Node:
         self._looks = Looks()
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._probes = Probes(emit, self._executor, lambda log: _cap(log, log_max_bytes), log_max_bytes)
+        self._probes = Probes(emit, self._executor)
         adopt_orphans()
 
     def open(self) -> None:
@@ -124,12 +123,10 @@ class Node:
             task.cancel()
         await self._probes.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.logs.close()
         self.groups.close()
         self._oom.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def log_file(self, worker: str) -> Path:
-        return self._logs / f"{worker}.log"
 
     # -- effects --------------------------------------------------------------------------------------------
 
@@ -138,8 +135,8 @@ class Node:
         identity = b"\x01" + os.urandom(_IDENTITY_BYTES - 1)
         scratch = self._scratch / effect.worker
         mark = self._mark(effect.worker, effect.incarnation)
-        log = self.log_file(effect.worker)
-        birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, log, size_of(log))
+        output = self.logs.output(effect.worker, effect.spec.model)
+        birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, output, size_of(output.path))
         life = self._life(effect, birth)
         self._limits[effect.worker] = effect.limits
         try:
@@ -233,8 +230,8 @@ class Node:
 
     def _take_over(self, record: Record) -> on.Adopted | None:
         mark = self._mark(record.worker, record.incarnation)
-        scratch, log = self._scratch / record.worker, self.log_file(record.worker)
-        birth = Birth(record.identity, record.token, mark, scratch, log, record.log_start)
+        output, scratch = self.logs.output(record.worker, record.spec.model), self._scratch / record.worker
+        birth = Birth(record.identity, record.token, mark, scratch, output, record.log_start)
         if record.boot_id != records.boot_id():
             records.remove(self._records, record.worker)
             return None
@@ -296,7 +293,7 @@ class Node:
             reap_orphans(self._leaders)
 
     def _leaders(self) -> set[int]:
-        return self.helpers | {life.pid for life in list(self._lives.values())}
+        return self.helpers | {self.logs.pid} | {life.pid for life in list(self._lives.values())}
 
     def _look_at(self, due: list[Due]) -> list[Look]:
         """One thread's work for several workers: handing it over costs more than looking at one that is idle."""
@@ -308,8 +305,6 @@ class Node:
             if over:
                 # Cheap figures may count shared pages twice: look closely before anything is killed.
                 over = self.confinement.over_limit(limits, sample(life.group.members(), exact=True))
-            if not self._probes.reads(life.worker):  # else whoever reads it cuts it, so that no line is missed
-                _cap(life.birth.log_file, self._log_max_bytes)
             looks_on = may_strain(limits) or bool(life.strain.why)
             strained = looks_on and life.strain.update(life.group.counters(), limits, time.monotonic())
             looks.append(Look(life, usage, over, strained))
@@ -348,12 +343,11 @@ class Node:
         if not self.groups.exact:
             life.end_orphans = self._kill_strays
         life.on_empty = lambda: self._gone(life)
+        life.warn = self._warn
         return life
 
     def _gone(self, life: Life) -> None:
         self._probes.end(life.worker)
-        # A command without a host that printed much and ended was perhaps never looked at.
-        self._spawn_task(self._in_thread(lambda: _cap(life.birth.log_file, self._log_max_bytes)))
         if self._lives.get(life.worker) is life:
             del self._lives[life.worker]
             self.measured.pop(life.worker, None)
@@ -370,20 +364,3 @@ class Node:
         task: asyncio.Task[None] = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _cap(log: Path, max_bytes: int) -> None:
-    """Keep a log in bounds whose writer does not do it itself: a command without a host writes straight to it.
-
-    The file is cut in place, since its writer holds it open for appending; its last part becomes the older file.
-    """
-    try:
-        size = log.stat().st_size
-        if size <= max_bytes:
-            return
-        with log.open("r+b") as file:
-            file.seek(size - max_bytes // 4)
-            log.with_name(log.name + ".1").write_bytes(file.read(max_bytes // 4))
-            file.truncate(0)
-    except OSError:
-        return  # the next look tries again

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from types import FrameType
@@ -43,7 +43,7 @@ class _Source:
 
     def more(self) -> bytes:
         if os.fstat(self.file.fileno()).st_size < self.offset:
-            self.offset = 0  # cut in place
+            self.offset = 0  # somebody has cut it in place
         data = os.pread(self.file.fileno(), READ_MAX, self.offset)
         self.offset += len(data)
         return data
@@ -53,22 +53,17 @@ class Printed:
     """One log file from `start` on. `read` may block, and belongs in a thread.
 
     It goes on over rotations: a file that has another name now is read on for as long as it may be written to, besides
-    the new one. `cap` cuts the file in place when it is too large: nobody else should, for what is cut off must have
-    been read.
+    the new one. Who prints faster than is read, over two rotations, has lines left out.
     """
 
-    def __init__(self, path: Path, start: int, cap: Callable[[Path], None], max_bytes: int) -> None:
+    def __init__(self, path: Path, start: int) -> None:
         self._path = path
         self._start = start
-        self._cap = cap
-        self._max_bytes = max_bytes
         self._sources: list[_Source] = []
         self._rest = b""
         #: What comes is left of a line of which enough was seen.
         self._skipping = False
         self._lock = threading.Lock()
-        #: It was cut, so that all of what is in it now was printed after `start`.
-        self.was_cut = False
 
     def read(self) -> tuple[bool, list[bytes]]:
         """(whether anything was printed, the lines that ended) since the last read."""
@@ -77,8 +72,6 @@ class Printed:
                 self._open_new()
                 data = b"".join([source.more() for source in self._sources])
                 lines = self._lines(data)
-                if self._sources and size_of(self._path) > self._max_bytes:
-                    lines += self._read_before_the_cut(self._sources[-1])
             except OSError:
                 return False, []  # it was deleted, say: the next read tries again
             return bool(data), lines
@@ -100,16 +93,6 @@ class Printed:
         for source in self._sources[:-2]:
             source.file.close()
         del self._sources[:-2]
-
-    def _read_before_the_cut(self, source: _Source) -> list[bytes]:
-        last = size_of(self._path) - READ_MAX
-        if source.offset < last:
-            source.offset, self._rest, self._skipping = last, b"", True
-        lines = self._lines(source.more())
-        self._cap(self._path)
-        if size_of(self._path) < source.offset:
-            source.offset, self.was_cut = 0, True
-        return lines
 
     def _lines(self, data: bytes) -> list[bytes]:
         *ended, rest = _LINE_END.split(self._rest + data)

@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import Final
 
 from llmosd.failpoint import failpoint
@@ -30,24 +29,17 @@ _ANSWER_S: Final = 5.0
 
 
 class Probes:
-    """See the module. `emit` tells the kernel; `cap` cuts a log file over `log_max_bytes`."""
+    """See the module. `emit` tells the kernel."""
 
-    def __init__(
-        self, emit: Callable[[on.Event], None], executor: Executor, cap: Callable[[Path], None], log_max_bytes: int
-    ) -> None:
+    def __init__(self, emit: Callable[[on.Event], None], executor: Executor) -> None:
         self._emit = emit
         self._executor = executor
-        self._cap = cap
-        self._log_max_bytes = log_max_bytes
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        #: Workers whose log files are read.
-        self._reading: set[str] = set()
 
     def begin(self, effect: do.Probe, life: Life) -> None:
         """Ask what the effect says from now on, and nothing else."""
         self.end(life.worker)
         if effect.ready is not None:
-            self._reading.add(life.worker)
             coroutine = self._until_ready(life, effect.ready)
         elif effect.liveness is not None:
             coroutine = self._until_hung(life, effect.liveness)
@@ -59,11 +51,6 @@ class Probes:
         """Ask the worker nothing any more."""
         if (task := self._tasks.pop(worker, None)) is not None:
             task.cancel()
-        self._reading.discard(worker)
-
-    def reads(self, worker: str) -> bool:
-        """Whether the worker's log file is read here, and cut when it is too large."""
-        return worker in self._reading
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -74,7 +61,7 @@ class Probes:
     # -- readiness ------------------------------------------------------------------------------------------
 
     async def _until_ready(self, life: Life, ready: Ready) -> None:
-        printed = Printed(life.birth.log_file, life.birth.log_start, self._cap, self._log_max_bytes)
+        printed = Printed(life.birth.output.path, life.birth.log_start)
         question = _Question(target(ready.http) if ready.http else None)
         try:
             await self._watch(life, ready, printed, question)
@@ -88,19 +75,15 @@ class Probes:
         # On record first: the next daemon could not find a line that was cut away meanwhile.
         await self._note(life, ready=True)
         failpoint("ready.recorded")
-        self._reading.discard(life.worker)
         self._emit(on.Ready(life.worker, life.incarnation))
 
     async def _watch(self, life: Life, ready: Ready, printed: Printed, question: _Question) -> None:
         """Look and ask until it is ready, and tell what it lacks and whether it gets on. Raises TooSlow."""
-        began, told, cut_noted = time.monotonic(), "", False
+        began, told = time.monotonic(), ""
         wanted = Expression(ready.log) if ready.log else None
         why = f"waits for a line with {ready.log}" if wanted else f"waits for {ready.http}"
         while True:
             progressed, lines = await asyncio.get_running_loop().run_in_executor(self._executor, printed.read)
-            if printed.was_cut and not cut_noted:
-                cut_noted = True
-                await self._note(life, log_start=0)
             if wanted is not None and wanted.found_in(lines):
                 wanted, why = None, f"waits for {ready.http}"
             pause_s = min(_LOOK_MAX_S, max(_LOOK_S, (time.monotonic() - began) / 10))

@@ -40,6 +40,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     grant: Grant
     #: Path of its cgroup; empty where there is none.
     cgroup: str = ""
+    #: The inode of the pipe that its stdout and stderr are; 0: none.
+    output_inode: int = 0
     #: The intent is that it ends: now, or when its requests are done.
     stopping: bool = False
     #: A command that was found to be ready.

@@ -17,6 +17,7 @@ from llmosd.kernel.spec import Limits
 from llmosd.kernel.units import CpuSet
 from llmosd.launch.cgroup import cgroup_of
 from llmosd.node.cgroups import CgroupGroup, changed
+from llmosd.node.devices import usable_cpus
 from llmosd.node.groups import Group, marks_of
 from llmosd.node.marked import MarkedGroup
 from llmosd.node.records import Record
@@ -48,14 +49,15 @@ def properties_of(limits: Limits, names: set[str] | frozenset[str]) -> Propertie
 
 def _variant(name: str, value: Any) -> Variant:
     if name == "allowed_cpus":
-        return Variant("ay", _bits(value or ()))
+        # To a scope with processes the kernel refuses an empty cpuset: ENOSPC.
+        return Variant("ay", _bits(usable_cpus() if value is None else value))
     if value is None:
         return Variant("t", _NONE)
     # A share of one CPU's time as microseconds in a second.
     return Variant("t", round(float(value) * 10_000) if name == "cpu_quota" else int(value))
 
 
-def _bits(cpus: CpuSet | tuple[()]) -> bytes:
+def _bits(cpus: CpuSet) -> bytes:
     """A set of CPUs as systemd's bus calls want it: a bit for each, the lowest first."""
     mask = sum(1 << cpu for cpu in cpus)
     return mask.to_bytes((mask.bit_length() + 7) // 8, "little")

@@ -39,8 +39,6 @@ class HostConfig(msgspec.Struct, frozen=True, kw_only=True):
     scratch: str
     #: Where relative weights are looked for, in this order.
     weights_path: tuple[str, ...]
-    log_file: str
-    log_max_bytes: int
     #: Seconds an engine has from SIGTERM to SIGKILL.
     stop_timeout: float
     #: Seconds without a daemon after which the host drains and ends.

@@ -21,7 +21,7 @@ from llmosd.worker.drivers import CannotWork, EngineEnded
 from llmosd.worker.log import WorkerLog
 
 _READ_BYTES: Final = 1 << 16
-#: Reads of an ended engine's last output: a pipe holds 16. Whoever goes on writing then is not the engine.
+#: Reads of an ended engine's last output: a pipe holds 1 MiB at most. Whoever goes on then is not the engine.
 _LAST_READS: Final = 64
 
 
@@ -54,7 +54,7 @@ class EngineProcess:
             os.close(write_end)
         self.pid, self._pidfd = gate.pid, gate.pidfd
         loop.add_reader(self._pidfd, self._on_exit)
-        loop.add_reader(self._pipe, self._read_output)
+        loop.add_reader(self._pipe, self._on_output)
         order: Order = msgspec.structs.replace(
             self._config.engine_order,
             argv=tuple(argv),
@@ -95,6 +95,17 @@ class EngineProcess:
         except ProcessLookupError:
             pass  # it has just ended by itself
 
+    def _on_output(self) -> None:
+        """Once an iteration of the loop, so that an engine that prints without end leaves requests their turn."""
+        self._read_output()
+        if self._pipe >= 0 and self._log.is_full:
+            asyncio.get_running_loop().remove_reader(self._pipe)
+            self._log.when_room(self._on_room)
+
+    def _on_room(self) -> None:
+        if self._pipe >= 0:
+            asyncio.get_running_loop().add_reader(self._pipe, self._on_output)
+
     def _read_output(self) -> bool:
         """Log what is there; False when there is nothing."""
         if self._pipe < 0:
@@ -117,15 +128,24 @@ class EngineProcess:
             return
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfd)
-        for _ in range(_LAST_READS):
-            if not self._read_output():
-                break
         code, number = status
         how = f"was killed by {signal.Signals(number).name}" if number else f"exited with code {code}"
         if number == signal.SIGKILL and oom_kills(self._cgroup) > self._oom_kills:
             how = "was killed by the OOM killer: it ran out of memory"
+        self._read_last(f"the engine {how}", _LAST_READS)
+
+    def _read_last(self, how: str, reads: int) -> None:
+        """What it printed until its end; then it has ended."""
+        while reads > 0 and not self._log.is_full and self._read_output():
+            reads -= 1
+        if self._log.is_full:
+            if self._pipe >= 0:
+                asyncio.get_running_loop().remove_reader(self._pipe)
+            self._log.when_room(lambda: self._read_last(how, reads))
+            return
+        self._on_room()
         if not self._ended.done():
-            self._ended.set_result(f"the engine {how}" + self._last_words())
+            self._ended.set_result(how + self._last_words())
 
     def _last_words(self) -> str:
         lines = [line for line in self._log.tail if not line.startswith("llmosd: ")]

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Final, cast
 
 import uvloop
@@ -43,7 +42,7 @@ class Host:
 
     def __init__(self, config: HostConfig) -> None:
         self._config = config
-        self._log = WorkerLog(Path(config.log_file), config.log_max_bytes)
+        self._log = WorkerLog()
         self._protocol = HostProtocol(config.identity, config.token, os.getpid(), config.slots)
         self._driver: Driver = driver_for(config, self._log)
         self._running: dict[bytes, asyncio.Task[None]] = {}

@@ -112,7 +112,8 @@ def test_what_a_worker_of_another_daemon_left_is_no_stray_of_this_one() -> None:
     try:
         assert others.unknown(set()) == []
         assert ours.unknown({mark}) == []
-        ((found, group),) = ours.unknown(set())
+        # A new program's environment can be read a moment after it was started.
+        ((found, group),) = wait_for("the process", lambda: ours.unknown(set()))
         assert (found, group.members()) == (mark, [marked])
     finally:
         os.kill(marked, signal.SIGKILL)

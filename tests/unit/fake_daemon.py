@@ -250,9 +250,11 @@ class FakeControl(rpc.ControlServicer):
         if request.worker not in self.workers:
             self._missing(context, request.worker)
         sent = 0 if request.lines < 0 else max(0, len(self.log) - (request.lines or 100))
+        if request.HasField("after"):
+            sent = request.after
         for _ in self._follow(context) if request.follow else [None]:
             if self.log[sent:]:
-                yield pb.LogLines(lines=self.log[sent:])
+                yield pb.LogLines(lines=self.log[sent:], position=len(self.log))
                 sent = len(self.log)
 
     def WatchEvents(self, request: Any, context: Any) -> Iterator[pb.Event]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos import completions, errors
-from llmos.following import OVERLAP_LINES, FollowedLog, arrived
+from llmos.following import arrived
 from llmos.protocol import frames as f
 from llmos.types import Worker
 
@@ -59,26 +59,6 @@ def test_every_code_of_the_bus_has_a_class_of_its_own(code: f.Code) -> None:
     error = errors.from_failed(f.Failed(1, 0, code, "what happened", status=500, retry_after_ms=250), b"{}")
     assert type(error) is not errors.LlmosError
     assert "what happened" in str(error)
-
-
-@given(
-    before=st.integers(0, 250),
-    meanwhile=st.integers(0, OVERLAP_LINES - 1),
-    after=st.integers(0, 5),
-    wanted=st.sampled_from([-1, 1, 2, 99, 100, 101, 300]),
-)
-def test_a_log_that_was_cut_goes_on_without_a_gap_or_a_repeat(
-    before: int, meanwhile: int, after: int, wanted: int
-) -> None:
-    lines = [f"line {number}" for number in range(before + meanwhile + after)]
-    log = FollowedLog(wanted, follow=True)
-    count = log.reopened()
-    shown = log.received(lines[:before] if count < 0 else lines[:before][-count:])
-    there = lines[: before + meanwhile]
-    shown += log.received(there[-log.reopened() :])
-    shown += log.received(lines[before + meanwhile :])
-    start = 0 if wanted < 0 else max(0, before - wanted)
-    assert shown == lines[start:]
 
 
 def worker(name: str, state: str) -> Worker:

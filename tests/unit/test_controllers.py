@@ -14,6 +14,7 @@ from llmosd.node.confine import Unenforceable
 from llmosd.node.confine.controllers import ControllerConfinement
 from llmosd.node.confine.process import ProcessConfinement
 from llmosd.node.counters import Counters
+from llmosd.node.devices import usable_cpus
 from llmosd.node.scopes import PROPERTIES, properties_of, unit_name
 from llmosd.node.strain import Strain, may_strain
 from llmosd.node.usage import Usage
@@ -48,7 +49,7 @@ def test_each_limit_is_written_as_the_kernel_wants_it_and_lifted_again(group: Cg
     }  # fmt: skip
     assert group.limit(Limits(), ALL) == []
     assert values(tmp_path) == {
-        "cpuset.cpus": "\n", "cpu.weight": "100", "cpu.max": "max", "memory.high": "max",
+        "cpuset.cpus": str(usable_cpus()), "cpu.weight": "100", "cpu.max": "max", "memory.high": "max",
         "memory.max": "max", "memory.swap.max": "max", "pids.max": "max", "io.weight": "default 100",
     }  # fmt: skip
 
@@ -77,7 +78,9 @@ def test_each_limit_becomes_systemds_property_of_the_same_name() -> None:
         "IOWeight": ("t", 20),
     }
     lifted = properties_of(Limits(), {"memory_max", "allowed_cpus"})
-    assert (lifted["MemoryMax"].value, lifted["AllowedCPUs"].value) == (2**64 - 1, b"")
+    all_of_them = sum(1 << cpu for cpu in usable_cpus())
+    assert lifted["MemoryMax"].value == 2**64 - 1
+    assert int.from_bytes(lifted["AllowedCPUs"].value, "little") == all_of_them
     assert set(PROPERTIES) == set(KNOBS)
 
 

@@ -234,7 +234,10 @@ def test_a_worker_that_died_without_a_daemon_is_restarted_as_after_any_failure_o
     shell.tell(on.Emptied("m@1", OLD))
     assert shell.state("m@1") == State.BACKOFF
     (view,) = shell.kernel.workers()
-    assert (view.last_exit, view.why) == ("exit status unknown", "the engine exited with code 3")
+    assert (view.last_exit, view.why) == (
+        "exit status unknown: the engine exited with code 3",
+        "the engine exited with code 3",
+    )
     assert shell.wait(1) and shell.state("m@1") == State.STARTING
 
 

@@ -19,6 +19,7 @@ from llmosd.node import records
 from llmosd.node.confine import LaunchSettings
 from llmosd.node.confine.choice import Maker
 from llmosd.node.life import Program
+from llmosd.node.logwriter import LogWriter
 from llmosd.node.marked import MarkedGroups
 from llmosd.node.node import Node
 from llmosd.node.usage import Usage
@@ -62,8 +63,9 @@ def test_changes_of_limits_are_made_and_recorded_one_after_another_in_their_orde
     async def run() -> None:
         events: asyncio.Queue[on.Event] = asyncio.Queue()
         order = Order(argv=("sleep", "1000"), env=dict(os.environ))
+        logs = LogWriter(tmp_path, tmp_path / "logs.sock", 1 << 20, to_journal=False, warn=print)
         node = Node(
-            "llmosd-test", Maker(slow, MarkedGroups("llmosd-test")), tmp_path, tmp_path, 1 << 20, events.put_nowait,
+            "llmosd-test", Maker(slow, MarkedGroups("llmosd-test")), tmp_path, logs, events.put_nowait,
             lambda worker, what: None,
             lambda effect, birth, confinement: Program(order),
         )  # fmt: skip

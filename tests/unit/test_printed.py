@@ -1,4 +1,4 @@
-"""What a command prints, read while its log is written, cut and rotated; and expressions that would never end."""
+"""What a command prints, read while its log is written and rotated; and expressions that would never end."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmosd.node.node import _cap
 from llmosd.node.printed import LINE_MAX, Expression, Printed, TooSlow, size_of
-
-MAX = 1 << 20
 
 
 @pytest.fixture
@@ -18,8 +15,8 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "w@1.log"
 
 
-def reading(log: Path, start: int = 0, max_bytes: int = MAX) -> Printed:
-    return Printed(log, start, lambda path: _cap(path, max_bytes), max_bytes)
+def reading(log: Path, start: int = 0) -> Printed:
+    return Printed(log, start)
 
 
 def add(log: Path, text: bytes) -> None:
@@ -55,25 +52,13 @@ def test_a_line_without_end_counts_once_and_hides_nothing_after_it(log: Path) ->
     assert lines == [b"x" * LINE_MAX, b"ready"]
 
 
-def test_what_is_cut_off_was_read_before(log: Path) -> None:
-    """Also what an earlier life left in the file is no reason to look at it."""
-    add(log, b"ready\n" * 1000)
-    printed = reading(log, size_of(log), max_bytes=10_000)
-    add(log, b"begins\n" + b"x\n" * 3000 + b"is ready\n")
-    _, lines = printed.read()
-    assert printed.was_cut and size_of(log) == 0
-    assert b"is ready" in lines and b"ready" not in lines
-    add(log, b"goes on\n")
-    assert printed.read() == (True, [b"goes on"])
-
-
-def test_who_prints_more_than_is_read_is_read_at_the_end(log: Path) -> None:
-    printed = reading(log, max_bytes=MAX)
-    add(log, b"x" * 99 + b"\n")
-    printed.read()
-    add(log, (b"x" * 99 + b"\n") * 50_000 + b"ready\n")
-    _, lines = printed.read()
-    assert lines[-1] == b"ready" and len(lines) < 6000
+def test_who_prints_more_than_is_read_at_once_is_read_to_the_end_in_time(log: Path) -> None:
+    printed = reading(log)
+    add(log, (b"x" * 99 + b"\n") * 10_000 + b"ready\n")
+    lines: list[bytes] = []
+    while more := printed.read()[1]:
+        lines += more
+    assert lines[-1] == b"ready" and len(lines) == 10_001
     assert all(line in (b"x" * 99, b"ready") for line in lines), "no line is put together of two"
 
 

@@ -422,20 +422,24 @@ class DiagnoseResponse(_message.Message):
     def __init__(self, checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ...) -> None: ...
 
 class ReadLogsRequest(_message.Message):
-    __slots__ = ("worker", "lines", "follow")
+    __slots__ = ("worker", "lines", "follow", "after")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     LINES_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     worker: str
     lines: int
     follow: bool
-    def __init__(self, worker: _Optional[str] = ..., lines: _Optional[int] = ..., follow: _Optional[bool] = ...) -> None: ...
+    after: int
+    def __init__(self, worker: _Optional[str] = ..., lines: _Optional[int] = ..., follow: _Optional[bool] = ..., after: _Optional[int] = ...) -> None: ...
 
 class LogLines(_message.Message):
-    __slots__ = ("lines",)
+    __slots__ = ("lines", "position")
     LINES_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     lines: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, lines: _Optional[_Iterable[str]] = ...) -> None: ...
+    position: int
+    def __init__(self, lines: _Optional[_Iterable[str]] = ..., position: _Optional[int] = ...) -> None: ...
 
 class WatchEventsRequest(_message.Message):
     __slots__ = ("after", "follow")

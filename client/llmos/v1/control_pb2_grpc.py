@@ -290,7 +290,7 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadLogs(self, request, context):
-        """A worker's log, also a dead one's. With `follow`, on and on across restarts.
+        """A worker's log, also a dead one's. With `follow`, on and on across restarts. NOT_FOUND: no such worker, and no log.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,6 +42,7 @@ NAMES: Final = {
     "adopt.read": "a record was read, and its process not yet taken over",
     "adopt.taken": "a process was taken over; the kernel does not know",
     "models.read": "the model files are being read, in a thread",
+    "held.kept": "what is stopped by operators is on file, and nothing was done about it",
     "apply.kept": "a model is in force, and its file is not yet kept",
 }
 

@@ -13,7 +13,7 @@ from llmosd.kernel.units import Bytes
 from llmosd.kernel.views import ModelView, RequestView, WorkerView
 
 _SIMULATED = "simulated"
-_UP = frozenset({"starting", "loading", "adopted", "waking", "backoff"})
+_UP = frozenset({"starting", "loading", "adopted", "waking", "backoff", "waiting"})
 
 
 def worker(view: WorkerView, machine: Machine) -> pb.Worker:
@@ -77,6 +77,7 @@ def model(view: ModelView, machine: Machine, states: list[str], *, with_toml: bo
         file=str(file or ""),
         toml=toml,
         simulated=spec.engine.driver == _SIMULATED,
+        requires=spec.requires,
     )
 
 

@@ -13,6 +13,10 @@ from llmosd.kernel.spec import Resources
 from llmosd.kernel.worker import Worker
 
 
+def idlest_first(worker: Worker) -> tuple[bool, float]:
+    return bool(worker.requests), worker.idle_since
+
+
 def victims(ledger: Ledger, leaving: Iterable[Worker], idle: Iterable[Worker], want: Resources) -> list[Worker]:
     """Of `idle`, the workers to stop so that `want` fits once those `leaving` are gone too.
 
@@ -22,7 +26,7 @@ def victims(ledger: Ledger, leaving: Iterable[Worker], idle: Iterable[Worker], w
     for worker in leaving:
         trial.release(worker.name)
     chosen: list[Worker] = []
-    for worker in sorted(idle, key=lambda worker: (bool(worker.requests), worker.idle_since)):
+    for worker in sorted(idle, key=idlest_first):
         if trial.fits(want):
             return chosen
         trial.release(worker.name)

@@ -6,6 +6,8 @@ empty. CPUs are counted in thousandths, so that sums are exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from llmosd.kernel.placement import FITS, Gpu
@@ -82,9 +84,12 @@ class Ledger:
         other._grants = dict(self._grants)
         return other
 
-    def could_ever_fit(self, want: Resources) -> str | None:
-        """None if an empty machine could hold `want`, else the reason why not."""
-        answer = Ledger(self.capacity, self.placement).reserve("", want)
+    def could_ever_fit(self, want: Resources, beside: Iterable[Resources] = ()) -> str | None:
+        """None if an empty machine could hold `want` and what is `beside` it, else the reason why not."""
+        empty = Ledger(self.capacity, self.placement)
+        for number, one in enumerate(beside):
+            empty.reserve(f"beside {number}", one)
+        answer = empty.reserve("", want)
         return answer if isinstance(answer, str) else None
 
     def free(self) -> Capacity:

@@ -65,6 +65,8 @@ CELLS = [
     *((name, state, "stop") for name in ENDS for state in ("loading", "ready", "busy", "frozen")),
     *((name, state, "restart") for name in ADOPT for state in ("loading", "ready", "busy", "frozen", "draining")),
     *(("models.read", state, "restart") for state in ("ready", "busy", "draining")),
+    *(("held.kept", state, "stop") for state in ("loading", "ready", "busy", "frozen")),
+    ("held.kept", "held", "start"),
     ("apply.kept", "ready", "apply"),
     ("apply.kept", "stopped", "apply"),
 ]
@@ -84,6 +86,9 @@ def bring_to(machine: Machine, state: str) -> None:
     """Have the target in a state."""
     client = machine.client
     if state == "stopped":
+        return
+    if state == "held":
+        client.stop("target")
         return
     client.start("target")
     if state == "loading":
@@ -138,7 +143,7 @@ def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
     a_machine.start()
     before = a_machine.wait_worker("bystander@1", "ready")
     load = Load(a_machine.runtime, "bystander")
-    if operation != "start" or state == "stopped":
+    if operation != "start" or state in ("stopped", "held"):
         bring_to(a_machine, state)
     operate(a_machine, operation, state)
 
@@ -151,6 +156,8 @@ def test_a_daemon_that_dies_leaves_nothing_that_the_next_one_does_not_put_right(
     after = a_machine.wait_worker("bystander@1", "ready")
     assert (after.pid, after.restarts) == (before.pid, before.restarts)
     wait_for("target that has settled", lambda: is_settled(a_machine))
+    if failpoint == "held.kept":
+        assert a_machine.client.model("target").state == ("stopped" if operation == "stop" else "idle")
     a_machine.check_processes()
     check_ledger(a_machine)
     # It serves: whatever had been done to it, an operator can have it again.

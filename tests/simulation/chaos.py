@@ -88,7 +88,9 @@ def _operate(world: World) -> None:
     match chance.randrange(11):
         case 0:
             world.command(on.Stop, name, clock.happens(0.5))
-            clock.after(clock.between(0.1, 5), _again, world, on.Start, name)
+            if clock.happens(0.2):
+                clock.after(clock.between(0, 3), _die, world)
+            clock.after(clock.between(0.1, 20 if clock.happens(0.3) else 5), _again, world, on.Start, name)
         case 1:
             world.command(on.Start, name)
         case 2:
@@ -118,6 +120,11 @@ def _again(world: World, kind: type[on.Event], *details: object) -> None:
         world.command(kind, *details)
 
 
+def _die(world: World) -> None:
+    if world.kernel is not None:
+        kill_daemon(world)
+
+
 def kill_daemon(world: World) -> None:
     """The daemon dies; while it is away, model files change too."""
     world.kill_daemon()
@@ -131,13 +138,17 @@ def _edit(world: World) -> None:
     """A model file is edited."""
     chance = world.clock.chance
     spec = chance.choice(list(world.files.values()))
-    change = chance.randrange(3)
+    change = chance.randrange(4)
     if change == 0 and spec.routed:
         env = {"EDITED": str(chance.randrange(3))}
         spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, env=env))
     elif change == 1:
         slots = chance.choice([1, 2, 4])
         spec = msgspec.structs.replace(spec, limits=msgspec.structs.replace(spec.limits, slots=slots))
+    elif change == 2:
+        names = [*MODELS, "small-alias", "nothing"]
+        requires = tuple(chance.sample(names, chance.choice([0, 1, 1, 2])))
+        spec = msgspec.structs.replace(spec, requires=requires)  # it may be refused, for a circle
     else:
         scale = msgspec.structs.replace(spec.scale, max=chance.choice([1, 2, 3]))
         spec = msgspec.structs.replace(spec, scale=scale)
@@ -172,8 +183,11 @@ def repair(world: World) -> None:
     for group in world.node.groups.values():
         if group.host is not None:
             group.host.freeze(False)
-    for name, spec in MODELS.items():
-        world.files[name] = spec
+    world.files |= MODELS
+    # Twice: one may be refused only for what another required until now.
+    for spec in [*MODELS.values(), *MODELS.values()]:
         world.command(on.Apply, spec)
+    for name in MODELS:
         world.command(on.Reset, name)
+    for name in MODELS:
         world.command(on.Start, name)

@@ -27,6 +27,7 @@ from llmosd.control.machine import About
 from llmosd.control.server import ControlServer
 from llmosd.declared import DeclarationError
 from llmosd.failpoint import failpoint
+from llmosd.held import HeldFile
 from llmosd.isolation import Isolator
 from llmosd.isolationcheck import IsolationCheck
 from llmosd.kernel import effects as do
@@ -74,6 +75,7 @@ class Daemon:
         self._down = asyncio.Event()
         self._ending: asyncio.Future[End] = self._loop.create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._held = HeldFile(directories.runtime / "held.json")
         now = time.monotonic()
         s = settings.scheduler
         self.kernel = Kernel(
@@ -146,6 +148,8 @@ class Daemon:
         Raises DeclarationError when there is no listening on gateway.listen.
         """
         self.node.open()
+        # First: what is held must not be started by a model file, and is ended where it lives.
+        self.feed(self._held.read())
         survivors = await self.node.find_survivors()
         for event in survivors:
             self._admit(event)
@@ -184,7 +188,7 @@ class Daemon:
             log.info("ends, and leaves the workers to the daemon that comes next")
             return end
         log.info("stopping: ending all workers")
-        self.feed(on.ShutDown())
+        self.feed(on.ShutDown(float(self._settings.node.stop_timeout)))
         try:
             await asyncio.wait_for(self._down.wait(), self._settings.node.stop_timeout)
         except TimeoutError:
@@ -246,6 +250,7 @@ class Daemon:
             do.Confine: self.node.confine,
             do.WatchClient: lambda effect: self._clients.watch(effect.peer, effect.pid),
             do.UnwatchClient: lambda effect: self._front.forget(effect.peer),
+            do.KeepHeld: self._keep_held,
             do.Replied: self.machine.replied,
             do.Happened: self._happened,
             do.AllDown: lambda effect: self._down.set(),
@@ -269,6 +274,13 @@ class Daemon:
         self._resuming = False
         self._front.resume()
         self._back.resume()
+
+    def _keep_held(self, effect: do.KeepHeld) -> None:
+        try:
+            self._held.keep(effect)
+        except OSError as error:
+            held = ", ".join((*effect.models, *effect.workers)) or "nothing"
+            self._warn("llmosd", f"cannot keep in {self._held.path} that {held} is stopped by operators: {error}")
 
     def _happened(self, effect: do.Happened) -> None:
         self.events.append(effect, time.time())

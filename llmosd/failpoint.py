@@ -45,6 +45,7 @@ NAMES: Final = {
     "models.read": "the model files are being read, in a thread",
     "upgrade.checked": "the new program has said that it works, and the old one still serves",
     "upgrade.closed": "the old program has let go of everything; the new one is not there",
+    "held.kept": "what is stopped by operators is on file, and nothing was done about it",
     "apply.kept": "a model is in force, and its file is not yet kept",
 }
 

@@ -140,23 +140,36 @@ class LocalMachine:
 
     async def reload(self) -> tuple[list[str], list[str], list[str]]:
         models, refused = await asyncio.to_thread(self._models.read_all)
-        applied, removed = [], []
-        for name, (spec, path) in models.items():
-            try:
-                await self._check_spec(spec)
-                await self.command(lambda call, spec=spec: on.Apply(call, self.overridden(spec)))  # type: ignore[misc]
-                self._files[name] = path
-                applied.append(name)
-            except Refused as error:
-                refused.append(f"{path}: {error}")
+        applied: list[str] = []
+        removed: list[str] = []
+        why = await self._apply_all(models, applied)
         # A file that is wrong now does not take its model away: the running set stays.
-        broken = {line.partition(":")[0] for line in refused}
+        broken = {line.partition(":")[0] for line in (*refused, *why.values())}
         for name in [view.spec.model for view in self.kernel.models()]:
             if name not in models and name != GATEWAY and str(self._files.get(name, "")) not in broken:
                 await self.command(lambda call, name=name: on.Remove(call, name))  # type: ignore[misc]
                 self._files.pop(name, None)
                 removed.append(name)
-        return applied, removed, refused
+        if removed and why:
+            why = await self._apply_all({name: models[name] for name in why}, applied)
+        return applied, removed, [*refused, *why.values()]
+
+    async def _apply_all(self, models: Mapping[str, tuple[ModelSpec, Path]], applied: list[str]) -> dict[str, str]:
+        """Apply in whatever order works: a file may be right only beside the new version of one that is read after it,
+        as when two models come to require each other the other way round. Returns why the rest is refused, by name."""
+        while True:
+            why: dict[str, str] = {}
+            for name, (spec, path) in models.items():
+                try:
+                    await self._check_spec(spec)
+                    await self.command(lambda call, spec=spec: on.Apply(call, self.overridden(spec)))  # type: ignore[misc]
+                    self._files[name] = path
+                    applied.append(name)
+                except Refused as error:
+                    why[name] = f"{path}: {error}"
+            if len(why) in (0, len(models)):
+                return why
+            models = {name: models[name] for name in why}
 
     def file_of(self, model: str) -> Path | None:
         return self._files.get(model)

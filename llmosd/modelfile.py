@@ -37,7 +37,8 @@ def _problems(spec: ModelSpec) -> list[str]:
     """What is wrong with a file though each key is right."""
     problems = []
     # The pattern's `$` also matches before a final line break.
-    problems += [f"{name!r} ends with a line break" for name in (spec.model, *spec.aliases) if name.endswith("\n")]
+    names = (spec.model, *spec.aliases, *spec.requires)
+    problems += [f"{name!r} ends with a line break" for name in names if name.endswith("\n")]
     if _has_nul(msgspec.to_builtins(spec, enc_hook=encode_quantity)):
         problems.append("a text has a NUL character in it, which no argument, path or variable can have")
     problems += [

@@ -79,6 +79,7 @@ class Model(Result, frozen=True, kw_only=True):
     file: str
     toml: str
     simulated: bool
+    requires: tuple[str, ...]
 
 
 class Worker(Result, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from llmosd.kernel.views import ModelView, RequestView, WorkerView
 
 _SIMULATED = "simulated"
 _SIZES = frozenset({"memory_max", "memory_high", "swap_max"})
-_UP = frozenset({"starting", "loading", "adopted", "waking", "backoff"})
+_UP = frozenset({"starting", "loading", "adopted", "waking", "backoff", "waiting"})
 
 
 def worker(view: WorkerView, machine: Machine) -> pb.Worker:
@@ -80,6 +80,7 @@ def model(view: ModelView, machine: Machine, states: list[str], *, with_toml: bo
         file=str(file or ""),
         toml=toml,
         simulated=spec.engine.driver == _SIMULATED,
+        requires=spec.requires,
     )
 
 

@@ -6,16 +6,16 @@ Starts and evicts workers by way of the fleet; it must never touch a request.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
-from llmosd.kernel.eviction import victims
+from llmosd.kernel.dependencies import worn_out
+from llmosd.kernel.eviction import idlest_first, victims
 from llmosd.kernel.fleet import Fleet
-from llmosd.kernel.lifecycle import ALIVE, COMING, State
+from llmosd.kernel.lifecycle import ALIVE, COMING, State, Trigger
 from llmosd.kernel.worker import Model, Worker
 
 _ENDING: Final = frozenset({State.STOPPING, State.DRAINING, State.UNKILLABLE})
-#: States from which there will be, sooner or later, a worker to run what waits.
-_HOPE: Final = COMING | {State.READY, State.FROZEN, State.ASLEEP, State.DRAINING, State.STOPPING}
 
 
 class Demand:
@@ -29,47 +29,87 @@ class Demand:
 
         The number is what the outstanding requests fill, within [scale.min, scale.max].
         """
-        fleet, name, scale = self._fleet, model.spec.model, model.spec.scale
-        fleet.short.pop(name, None)
-        model.why = ""
+        fleet = self._fleet
+        fleet.short.pop(model.spec.model, None)
         if fleet.shutting_down:
             return "llmosd is shutting down"
-        if model.removed:
-            return f"model {name} was removed"
-        if model.held:
-            return f"model {name} was stopped by an operator; `llmos start {name}` starts it"
-        if not fleet.counted:
-            return ""
-        desired = max(scale.min, min(scale.max, math.ceil(outstanding / max(1, model.spec.limits.slots))))
+        before, model.why = (model.why, model.hopeless), ""
+        down = model.removed or model.held
+        if fleet.counted and not down:
+            self._start_wanted(model, outstanding, now)
+        model.hopeless = fleet.dependencies.hopeless(model, now) if fleet.counted or down else None
+        if (model.why, model.hopeless) != before:
+            for other in fleet.dependencies.above(model):
+                fleet.touch(other)
+        return " ".join(model.hopeless or ())
+
+    def _start_wanted(self, model: Model, outstanding: int, now: float) -> None:
+        scale, dependencies = model.spec.scale, self._fleet.dependencies
+        filled = math.ceil(outstanding / max(1, model.spec.limits.slots))
+        desired = max(scale.min, min(scale.max, max(filled, dependencies.kept(model))))
+        for waiting in [worker for worker in model.workers.values() if worker.state is State.WAITING]:
+            model.why = self.start(waiting, now)
         for _ in range(desired - kept(model)):
-            worker = self._startable(model, demanded=outstanding > 0)
+            worker = self._startable(model, outstanding > 0, now)
             if worker is None:
                 break
             model.why = self.start(worker, now)
             if model.why:
                 break
-        if any(w.state in _HOPE and not (w.held and w.state in _ENDING) for w in model.workers.values()):
-            return ""
-        if model.why:
-            never = fleet.ledger.could_ever_fit(model.spec.resources, model.spec.limits.allowed_cpus)
-            return f"{name} cannot be started on this machine: {never}" if never else ""
-        for worker in model.workers.values():
-            if worker.state in (State.FAILED, State.UNKILLABLE):
-                return f"worker {worker.name} has failed: {worker.why}; `llmos reset {name}` clears it"
-        return f"every worker of {name} was stopped by an operator; `llmos start {name}` starts it"
+        if not model.why and (lack := dependencies.lack(model)) is not None and lack.hopeless:
+            model.why = lack.why  # said before anybody finds out by wanting it
 
     def start(self, worker: Worker, now: float) -> str:
-        """Start a worker; idle ones of other models go where it does not fit. Returns why not now, or ""."""
-        fleet = self._fleet
-        refusal = fleet.start(worker, now)
+        """Start a worker, or have it wait for what its model requires; idle ones of other models go where it does not
+        fit. Returns why it is not started now, or "".
+        """
+        fleet, model = self._fleet, self._fleet.models[worker.model]
+        lack = fleet.dependencies.lack(model) if fleet.counted and not fleet.shutting_down else None
+        if lack is None:
+            refusal = fleet.start(worker, now)
+        elif lack.hopeless:
+            fleet.give_up(worker, now, lack.why)
+            return lack.why
+        elif not (refusal := self._no_room_for_all(model)):
+            fleet.fire(worker, Trigger.AWAIT, now, lack.why)
+            return lack.why
         if refusal and fleet.counted and not fleet.shutting_down:
+            fleet.give_up(worker, now, f"waits for resources: {refusal}")
             fleet.short[worker.model] = None
-            going = (State.STOPPING, State.DRAINING)
-            leaving = [w for w in fleet.workers.values() if w.state in going and not w.start_after]
-            spec, idle = fleet.models[worker.model].spec, self._evictable(worker.model)
-            for victim in victims(fleet.ledger, leaving, idle, spec.resources, spec.limits.allowed_cpus):
-                fleet.end(victim, now, f"makes room for {worker.name}")
+            if lack is None:
+                self._make_room(worker, now)
         return refusal
+
+    def _make_room(self, worker: Worker, now: float) -> None:
+        fleet, model = self._fleet, self._fleet.models[worker.model]
+        leaving, want, allowed = self._leaving(), model.spec.resources, model.spec.limits.allowed_cpus
+        found = victims(fleet.ledger, leaving, self._evictable(model, fleet.dependencies.needed), want, allowed)
+        # Else two that lack resources could keep from each other, for ever, what is there only because they require it.
+        found = found or victims(fleet.ledger, leaving, self._evictable(model, fleet.dependencies.kept), want, allowed)
+        for victim in found:
+            fleet.end(victim, now, f"makes room for {worker.name}")
+
+    def _no_room_for_all(self, model: Model) -> str:
+        """Why a worker does not fit together with those that must be started before it, or "".
+
+        What is required is started only if there is room for who requires it too, were all idle ones gone: it would
+        else take the room of others and serve nobody.
+        """
+        fleet = self._fleet
+        trial = fleet.ledger.copy()
+        for worker in (*self._leaving(), *self._evictable(model, fleet.dependencies.kept)):
+            trial.release(worker.name)
+        down = [name for name in sorted(fleet.dependencies.below(model)) if not kept(fleet.models[name])]
+        for name in (*down, model.spec.model):
+            spec = fleet.models[name].spec
+            refusal = trial.reserve(name, spec.resources, spec.limits.allowed_cpus)
+            if isinstance(refusal, str):
+                return refusal if name == model.spec.model else f"{name}, which it requires, {refusal}"
+        return ""
+
+    def _leaving(self) -> list[Worker]:
+        going = (State.STOPPING, State.DRAINING)
+        return [w for w in self._fleet.workers.values() if (w.state in going or w.ending) and not w.start_after]
 
     def trim(self, model: Model, now: float) -> None:
         """End workers above scale.max, the idlest first."""
@@ -78,22 +118,23 @@ class Demand:
         for worker in sorted(up, key=lambda worker: (worker.running, worker.idle_since))[: max(0, len(up) - most)]:
             self._fleet.end(worker, now, f"scale.max is {most} now")
 
-    def _evictable(self, asker: str) -> list[Worker]:
-        models = self._fleet.models
-        return [
-            worker
-            for worker in self._fleet.workers.values()
-            if worker.state is State.READY
-            and worker.model != asker
-            and worker.spec.kind == "model"
-            and not worker.running
-            and not models[worker.model].queue
-            and kept(models[worker.model]) > models[worker.model].spec.scale.min
-        ]
+    def _evictable(self, asker: Model, needed: Callable[[Model], bool]) -> list[Worker]:
+        """Idle workers of others, of each model so many that as many as it must have are left."""
+        found: list[Worker] = []
+        below = self._fleet.dependencies.below(asker)
+        for name, model in self._fleet.models.items():
+            if name == asker.spec.model or name in below or model.spec.kind != "model" or model.queue:
+                continue
+            idle = [w for w in model.workers.values() if w.state is State.READY and not w.running and not w.ending]
+            if idle:
+                found += sorted(idle, key=idlest_first)[: spare(model, needed(model))]
+        return found
 
-    def _startable(self, model: Model, demanded: bool) -> Worker | None:
+    def _startable(self, model: Model, demanded: bool, now: float) -> Worker | None:
+        awaited = not demanded and self._fleet.dependencies.awaited(model)
         for worker in model.workers.values():
-            if worker.state is State.STOPPED and not worker.held and (demanded or not worker.rested):
+            fresh = demanded or not worker.rested or (awaited and not worn_out(worker, now))
+            if worker.state is State.STOPPED and not worker.held and fresh:
                 return worker
         if len(model.workers) >= max(model.spec.scale.max, model.spec.scale.min):
             return None
@@ -105,7 +146,13 @@ def kept(model: Model) -> int:
     return sum(map(_is_kept, model.workers.values()))
 
 
+def spare(model: Model, needed: bool) -> int:
+    """How many of its ready workers may go. `needed`: by another model, which wants one that is ready."""
+    ready = sum(worker.state is State.READY and not worker.ending for worker in model.workers.values())
+    return max(0, min(kept(model) - model.spec.scale.min, ready - needed))
+
+
 def _is_kept(worker: Worker) -> bool:
-    if worker.state in _ENDING:
+    if worker.state in _ENDING or worker.ending:
         return worker.state is State.STOPPING and not worker.stop_wanted  # it died, and may come back
-    return worker.state is State.BACKOFF or worker.state in ALIVE
+    return worker.state in COMING or worker.state in ALIVE

@@ -103,6 +103,13 @@ class UnwatchClient(Effect, frozen=True):
     peer: bytes
 
 
+class KeepHeld(Effect, frozen=True):
+    """What is stopped by operators, in full, for the daemon that follows. Before anything that comes of it."""
+
+    models: tuple[str, ...]
+    workers: tuple[str, ...]
+
+
 class Replied(Effect, frozen=True):
     """The answer to an operator's command."""
 

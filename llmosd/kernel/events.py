@@ -6,6 +6,8 @@ lives of one worker. `call` is the shell's own number for an operator's command,
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from llmos.protocol import frames as f
@@ -179,6 +181,13 @@ class Counted(Event, frozen=True):
     capacity: Capacity
 
 
+class Held(Event, frozen=True):
+    """What operators had stopped when an earlier daemon died. Before any Apply and any Adopted."""
+
+    models: tuple[str, ...]
+    workers: tuple[str, ...]
+
+
 # -- from operators ---------------------------------------------------------------------------------------------
 
 
@@ -233,3 +242,6 @@ class SetLimits(Event, frozen=True):
 
 class ShutDown(Event, frozen=True):
     """Stop every worker in order. The effect `AllDown` says when."""
+
+    #: What requires and what is required get their turns within this time.
+    within_s: float = math.inf

@@ -14,6 +14,10 @@ from llmosd.kernel.units import CpuSet
 from llmosd.kernel.worker import Worker
 
 
+def idlest_first(worker: Worker) -> tuple[bool, float]:
+    return bool(worker.requests), worker.idle_since
+
+
 def victims(
     ledger: Ledger,
     leaving: Iterable[Worker],
@@ -29,7 +33,7 @@ def victims(
     for worker in leaving:
         trial.release(worker.name)
     chosen: list[Worker] = []
-    for worker in sorted(idle, key=lambda worker: (bool(worker.requests), worker.idle_since)):
+    for worker in sorted(idle, key=idlest_first):
         if trial.fits(want, allowed_cpus):
             return chosen
         trial.release(worker.name)

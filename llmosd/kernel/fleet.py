@@ -6,6 +6,7 @@ How many workers there should be is `demand.py`'s to say, and which trigger an e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -13,6 +14,7 @@ import msgspec
 
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
+from llmosd.kernel.dependencies import UP, Dependencies, ready
 from llmosd.kernel.ledger import Capacity, Ledger
 from llmosd.kernel.lifecycle import ALIVE, Action, State, Trigger, step
 from llmosd.kernel.params import Params
@@ -20,7 +22,7 @@ from llmosd.kernel.pinning import Pinning
 from llmosd.kernel.spec import Limits, ModelSpec
 from llmosd.kernel.timers import Timers
 from llmosd.kernel.units import Seconds
-from llmosd.kernel.worker import Model, Worker
+from llmosd.kernel.worker import Ending, Model, Worker
 
 SIGTERM: Final = 15
 #: Seconds that the node has to spawn a process, on a machine on which a thousand are to be. The worker's own
@@ -52,6 +54,7 @@ class Fleet:
         self.changed: dict[str, Model] = {}
         #: Models that wait for resources.
         self.short: dict[str, None] = {}
+        self.dependencies = Dependencies(self.models, self.names, self.short, self.ledger)
         #: Set by the kernel: what happens to the requests of a worker that is gone.
         self.on_lost: Callable[[Worker, float], None] = lambda worker, now: None
         self._out = out
@@ -60,6 +63,12 @@ class Fleet:
     def touch(self, model: Model) -> None:
         """Have a model looked at again before the event is done with."""
         self.changed[model.spec.model] = model
+
+    def touch_around(self, model: Model) -> None:
+        """Likewise with those that require it, through others too, and those that it requires."""
+        self.touch(model)
+        for other in (*self.dependencies.above(model), *self.dependencies.required(model)):
+            self.touch(other)
 
     def touch_short(self) -> None:
         """There may be resources for those who wait for them."""
@@ -78,6 +87,9 @@ class Fleet:
             worker.state, worker.state_since, worker.why = state, now, why
             self._out.append(do.Happened(state, worker.name, why, worker.model))
             self._enter(worker, now)
+            model = self.models[worker.model]
+            if model.spec.requires or self.dependencies.users(model):
+                self.touch_around(model)
         elif why:
             worker.why = why
         for action in actions:
@@ -164,7 +176,6 @@ class Fleet:
         spec = self.models[worker.model].spec
         grant = self.ledger.reserve(worker.name, spec.resources, spec.limits.allowed_cpus)
         if isinstance(grant, str):
-            worker.why = f"waits for resources: {grant}"
             return grant
         self.settle_cpus()
         worker.begin_life(spec, max(worker.incarnation, self.params.epoch) + 1, now)
@@ -172,10 +183,72 @@ class Fleet:
         self.fire(worker, Trigger.START, now, "on its way")
         return ""
 
+    def give_up(self, worker: Worker, now: float, why: str) -> None:
+        """A worker cannot be started now: it stays as it is, and does not wait for what its model requires."""
+        worker.why = why
+        if worker.state is State.WAITING:
+            self.fire(worker, Trigger.STOP, now, why)
+
     def end(self, worker: Worker, now: float, why: str, *, at_once: bool = False, again: bool = False) -> None:
         """Somebody wants this life over; `again`: and another begun."""
-        worker.stop_wanted, worker.start_after = True, again
+        worker.stop_wanted, worker.start_after, worker.ending = True, again, None
+        self._timers.cancel(("order", worker.name))
         self.fire(worker, Trigger.STOP if at_once else Trigger.DRAIN, now, why)
+
+    def end_in_order(
+        self, workers: list[Worker], now: float, why: str, *, at_once: bool = False, again: bool = False
+    ) -> None:
+        """`end`, once the workers of those that require them and would be left without are down; these end first."""
+        for worker in workers:
+            if worker.state not in UP:
+                self.end(worker, now, why, at_once=at_once, again=again)
+                continue
+            model = self.models[worker.model]
+            worker.stop_wanted, worker.start_after, worker.ending = True, again, Ending(why, at_once)
+            self._timers.set(("order", worker.name), now + self._patience_s(model))
+            self.touch_around(model)
+
+    def _patience_s(self, model: Model) -> float:
+        """By when those that require a model are down at the latest, each in its own time: no order waits for ever."""
+        times = [other.spec.timeouts for other in self.dependencies.above(model)]
+        return PROBE_S + sum(one.drain + one.stop + self.params.kill_timeout for one in times)
+
+    def bound_order(self, now: float, within_s: float) -> None:
+        """At the end of all: each rank has an equal share of the time, and the next does not wait longer for it."""
+        ranks = self.dependencies.ranks()
+        shares = 1 + max(ranks.values(), default=0)
+        for worker in self.workers.values():
+            if worker.ending and within_s < math.inf:
+                share = within_s * ranks.get(worker.model, 0) / shares
+                self._timers.set(("order", worker.name), now + share)
+
+    def keep_order(self, model: Model, now: float) -> None:
+        """Of a model's workers that are to end: end those that require them, or themselves if there is none such."""
+        ending = [worker for worker in model.workers.values() if worker.ending]
+        if not ending or not self.counted:
+            return  # who lives is not known before
+        users = [] if ready(model) else self.dependencies.in_use(model)
+        for worker in ending:
+            assert worker.ending is not None
+            why, at_once = worker.ending
+            if not users:
+                self.end(worker, now, why, at_once=at_once, again=worker.start_after)
+                continue
+            worker.why = f"{why}; waits for the end of {', '.join(sorted(user.name for user in users))}"
+            passed_on = f"requires {model.spec.model}, which is ended: {why}"
+            self.end_in_order(
+                [user for user in users if not user.stop_wanted],
+                now,
+                passed_on,
+                at_once=at_once,
+                again=worker.start_after,
+            )
+            for user in users if at_once else ():
+                if user.state is State.DRAINING:
+                    self.end(user, now, user.why, at_once=True, again=user.start_after)
+                elif user.ending is not None and not user.ending.at_once:
+                    user.ending = Ending(user.ending.why, True)
+                    self.touch(self.models[user.model])
 
     def add(self, model: Model, name: str = "") -> Worker:
         """A new worker of a model, not started."""
@@ -189,11 +262,12 @@ class Fleet:
     def forget(self, model: Model) -> None:
         """A removed model whose workers are all down."""
         for worker in model.workers.values():
-            for what in ("state", "silence", "idle"):
+            for what in ("state", "silence", "idle", "order"):
                 self._timers.cancel((what, worker.name))
             del self.workers[worker.name]
         for name in [name for name, owner in self.names.items() if owner == model.spec.model]:
             del self.names[name]
+        self.dependencies.note(model.spec.model, model.spec.requires, ())
         del self.models[model.spec.model]
         self.short.pop(model.spec.model, None)
 
@@ -245,6 +319,12 @@ class Fleet:
 def same_process(old: ModelSpec, new: ModelSpec) -> bool:
     """Whether `new` can be put in force on a worker that was started with `old`, without starting it again."""
     live = msgspec.structs.replace(
-        old, limits=new.limits, scale=new.scale, aliases=new.aliases, restart=new.restart, timeouts=new.timeouts
+        old,
+        limits=new.limits,
+        scale=new.scale,
+        aliases=new.aliases,
+        restart=new.restart,
+        timeouts=new.timeouts,
+        requires=new.requires,
     )
     return live == new

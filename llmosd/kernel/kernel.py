@@ -7,7 +7,7 @@ interface to the world; the rest of the methods are reads. Single writer, no loc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
@@ -15,7 +15,8 @@ from llmosd.kernel import events as on
 from llmosd.kernel import views
 from llmosd.kernel.demand import Demand
 from llmosd.kernel.fleet import Fleet
-from llmosd.kernel.lifecycle import COMING
+from llmosd.kernel.holds import Holds
+from llmosd.kernel.lifecycle import COMING, State
 from llmosd.kernel.operators import CommandError, Operators
 from llmosd.kernel.params import Params
 from llmosd.kernel.recovery import Recovery
@@ -25,6 +26,9 @@ from llmosd.kernel.supervisor import Supervisor
 from llmosd.kernel.table import Table
 from llmosd.kernel.timers import Timers
 from llmosd.kernel.worker import Worker
+
+#: Commands that hold, or let go of what is held.
+_HOLDING: Final = (on.Start, on.Stop, on.Restarted, on.Remove)
 
 
 class Kernel:
@@ -41,7 +45,8 @@ class Kernel:
         self._recovery = Recovery(params, fleet, self.table, out)
         self.routing = routing = Routing(params, fleet, demand, self.table, self._recovery, out, timers)
         self._supervisor = supervisor = Supervisor(fleet, demand, out, timers)
-        self.operators = Operators(fleet, demand, self.table, routing, out)
+        self._holds = holds = Holds(fleet)
+        self.operators = Operators(fleet, demand, self.table, routing, holds, out)
         fleet.on_lost = self._recovery.lose
         self._handlers: dict[type[on.Event], Callable[[Any, float], object]] = {
             on.Tick: lambda event, now: None,
@@ -61,7 +66,8 @@ class Kernel:
             on.NotReady: supervisor.not_ready,
             on.Unhealthy: supervisor.unhealthy,
             on.Counted: supervisor.counted,
-            on.ShutDown: lambda event, now: self.operators.shut_down(now),
+            on.ShutDown: self.operators.shut_down,
+            on.Held: lambda event, now: holds.recall(event),
             **{kind: self._commanded(command) for kind, command in self._commands().items()},
         }
 
@@ -144,10 +150,16 @@ class Kernel:
     def _commanded(self, command: Callable[[Any, float], list[Worker]]) -> Callable[[Any, float], None]:
         def run(event: Any, now: float) -> None:
             try:
-                workers = tuple(worker.name for worker in command(event, now))
-                self._out.append(do.Replied(event.call, workers=workers))
+                workers = command(event, now)
+                # Who waits is no refusal: it is taken on.
+                message = "; ".join(f"{w.name} {w.why}" for w in workers if w.state is State.WAITING)
+                reply = do.Replied(event.call, message=message, workers=tuple(worker.name for worker in workers))
             except CommandError as refusal:
-                self._out.append(do.Replied(event.call, refusal.code, str(refusal)))
+                reply = do.Replied(event.call, refusal.code, str(refusal))
+            if isinstance(event, _HOLDING) and (held := self._holds.changed()) is not None:
+                # Before what was done about it: whenever the daemon dies, what an operator was told holds.
+                self._out.insert(0, held)
+            self._out.append(reply)
 
         return run
 

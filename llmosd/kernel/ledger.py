@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -113,9 +113,17 @@ class Ledger:
         other._grants = dict(self._grants)
         return other
 
-    def could_ever_fit(self, want: Resources, allowed_cpus: CpuSet | None = None) -> str | None:
-        """None if an empty machine could hold `want`, else the reason why not."""
-        answer = Ledger(self.capacity, self.placement).reserve("", want, allowed_cpus)
+    def could_ever_fit(
+        self,
+        want: Resources,
+        allowed_cpus: CpuSet | None = None,
+        beside: Iterable[tuple[Resources, CpuSet | None]] = (),
+    ) -> str | None:
+        """None if an empty machine could hold `want` and what is `beside` it, else the reason why not."""
+        empty = Ledger(self.capacity, self.placement)
+        for number, (resources, allowed) in enumerate(beside):
+            empty.reserve(f"beside {number}", resources, allowed)
+        answer = empty.reserve("", want, allowed_cpus)
         return answer if isinstance(answer, str) else None
 
     def free(self) -> Capacity:

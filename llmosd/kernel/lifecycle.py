@@ -19,6 +19,7 @@ from typing import Final
 
 class State(enum.StrEnum):
     STOPPED = "stopped"  # wanted down, or scaled to zero
+    WAITING = "waiting"  # wanted up; what its model requires is not ready yet
     STARTING = "starting"  # spawned; the host has not said HELLO
     LOADING = "loading"  # the host is up, the engine loads; or a command is not ready
     READY = "ready"  # takes requests
@@ -36,6 +37,7 @@ class State(enum.StrEnum):
 class Trigger(enum.StrEnum):
     # by an operator, by demand, or by a timer
     START = "start"  # resources are reserved: run it
+    AWAIT = "await"  # run it once what its model requires is ready
     STOP = "stop"  # end it now
     DRAIN = "drain"  # end it when its requests are done
     FREEZE = "freeze"
@@ -81,7 +83,15 @@ _AGAIN: Final = (A.LOSE_REQUESTS, A.RELEASE, A.SCHEDULE_RESTART)
 TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
     S.STOPPED: {
         T.START: (S.STARTING, (A.SPAWN,)),
+        T.AWAIT: (S.WAITING, ()),
         T.ADOPT: (S.ADOPTED, ()),
+        T.RESET: (S.STOPPED, ()),
+    },
+    S.WAITING: {
+        T.START: (S.STARTING, (A.SPAWN,)),
+        T.AWAIT: (S.WAITING, ()),
+        T.STOP: (S.STOPPED, ()),
+        T.DRAIN: (S.STOPPED, ()),
         T.RESET: (S.STOPPED, ()),
     },
     S.STARTING: {
@@ -156,12 +166,14 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
     },
     S.BACKOFF: {
         T.START: (S.STARTING, (A.SPAWN,)),
+        T.AWAIT: (S.WAITING, ()),
         T.STOP: (S.STOPPED, ()),
         T.DRAIN: (S.STOPPED, ()),
         T.RESET: (S.STOPPED, ()),
     },
     S.FAILED: {
         T.START: (S.STARTING, (A.SPAWN,)),
+        T.AWAIT: (S.WAITING, ()),
         T.STOP: (S.STOPPED, ()),
         T.DRAIN: (S.STOPPED, ()),
         T.RESET: (S.STOPPED, ()),
@@ -187,9 +199,9 @@ TABLE: Final[dict[State, dict[Trigger, tuple[State, tuple[Action, ...]]]]] = {
 }
 
 #: States in which a process exists, and the ledger's reservation with it.
-ALIVE: Final = frozenset(State) - {S.STOPPED, S.BACKOFF, S.FAILED}
+ALIVE: Final = frozenset(State) - {S.STOPPED, S.WAITING, S.BACKOFF, S.FAILED}
 #: States from which a worker will be ready without anybody's help.
-COMING: Final = frozenset({S.STARTING, S.LOADING, S.WAKING, S.BACKOFF, S.ADOPTED})
+COMING: Final = frozenset({S.WAITING, S.STARTING, S.LOADING, S.WAKING, S.BACKOFF, S.ADOPTED})
 
 
 def step(state: State, trigger: Trigger) -> tuple[State, tuple[Action, ...]] | None:

@@ -14,6 +14,7 @@ from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.demand import Demand
 from llmosd.kernel.fleet import Fleet, same_process
+from llmosd.kernel.holds import Holds
 from llmosd.kernel.lifecycle import ALIVE, State, Trigger
 from llmosd.kernel.routing import Routing
 from llmosd.kernel.spec import Limits, ModelSpec
@@ -37,11 +38,14 @@ class CommandError(Exception):
 class Operators:
     """Commands over a fleet and its requests. Each method returns the workers it concerns, or raises CommandError."""
 
-    def __init__(self, fleet: Fleet, demand: Demand, table: Table, routing: Routing, out: list[do.Effect]) -> None:
+    def __init__(
+        self, fleet: Fleet, demand: Demand, table: Table, routing: Routing, holds: Holds, out: list[do.Effect]
+    ) -> None:
         self._fleet = fleet
         self._demand = demand
         self._table = table
         self._routing = routing
+        self._holds = holds
         self._out = out
 
     def _find(self, name: str) -> tuple[Model, list[Worker], bool]:
@@ -61,24 +65,30 @@ class Operators:
         for other in (name, *spec.aliases):
             if fleet.names.get(other, name) != name:
                 raise CommandError("refused", f"the name {other!r} belongs to model {fleet.names[other]} already")
+        if circle := fleet.dependencies.cycle(spec):
+            raise CommandError("refused", f"model {name} would wait for itself: {circle}")
         model = fleet.models.get(name)
         if model is None:
             model = fleet.models[name] = Model(spec)
+            fleet.dependencies.note(name, (), spec.requires)
             self._out.append(do.Happened("applied", name, "new model", name))
         elif model.spec == spec and not model.removed:
             return []
         else:
+            fleet.touch_around(model)  # whom it required until now
             self._change(model, spec, now)
         for alias in [alias for alias, owner in fleet.names.items() if owner == name]:
             del fleet.names[alias]
         fleet.names.update(dict.fromkeys((name, *spec.aliases), name))
-        fleet.touch(model)
+        self._holds.settle(model)
+        fleet.touch_around(model)
         fleet.touch_short()
         return list(model.workers.values())
 
     def _change(self, model: Model, spec: ModelSpec, now: float) -> None:
         """Limits and scale change on the run; anything else starts the model's workers again, one life later."""
         old, model.spec, model.removed = model.spec, spec, False
+        self._fleet.dependencies.note(spec.model, old.requires, spec.requires)
         self._out.append(do.Happened("applied", spec.model, "changed model", spec.model))
         live = same_process(old, spec)
         for worker in list(model.workers.values()):
@@ -86,7 +96,7 @@ class Operators:
                 worker.spec = spec
                 self._fleet.confine(worker, spec.limits)
             elif worker.state in ALIVE and not worker.stop_wanted:
-                self._fleet.end(worker, now, "its model file has changed", again=True)
+                self._fleet.end_in_order([worker], now, "its model file has changed", again=True)
             elif worker.state not in ALIVE:
                 self._reset(worker, now)  # what failed with the old file may work with the new one
         self._demand.trim(model, now)
@@ -97,9 +107,9 @@ class Operators:
             raise CommandError("invalid", f"{event.model} is a worker; remove its model, {model.spec.model}")
         model.removed = True
         self._out.append(do.Happened("removed", model.spec.model, "", model.spec.model))
-        for worker in workers:
-            self._fleet.end(worker, now, "its model was removed")
-        self._fleet.touch(model)
+        self._holds.forget(model)
+        self._fleet.end_in_order(workers, now, "its model was removed")
+        self._fleet.touch_around(model)
         return workers
 
     def start(self, event: on.Start, now: float) -> list[Worker]:
@@ -107,19 +117,24 @@ class Operators:
         if model.removed or self._fleet.shutting_down:
             why = f"model {model.spec.model} was removed" if model.removed else "llmosd is shutting down"
             raise CommandError("refused", f"{event.name} is not started: {why}")
-        for worker in workers:
-            worker.held = worker.rested = False
+        every = workers
         if whole:
-            model.held = False
             up = [worker for worker in workers if worker.state in ALIVE]
-            down = [worker for worker in workers if worker.state in (State.FAILED, State.BACKOFF)]
+            down = [worker for worker in workers if worker.state in (State.FAILED, State.BACKOFF, State.WAITING)]
             workers = up + down or workers[:1] or [self._fleet.add(model)]
-        self._fleet.touch(model)
+        lack = self._fleet.dependencies.lack(model)
+        if lack is not None and lack.hopeless and not all(worker.state in ALIVE for worker in workers):
+            raise CommandError("refused", f"{event.name} is not started: {lack.why}")
+        for worker in every:
+            worker.held = worker.rested = False
+        model.held = model.held and not whole
+        self._fleet.touch_around(model)
         for worker in workers:
             if worker.state not in ALIVE:
                 worker.failures = 0
                 worker.starts.clear()
-                if refusal := self._demand.start(worker, now):
+                refusal = self._demand.start(worker, now)
+                if refusal and worker.state is not State.WAITING:
                     raise CommandError("refused", f"{worker.name} is not started: {refusal}")
             elif worker.stop_wanted:
                 worker.start_after = True
@@ -131,8 +146,8 @@ class Operators:
             model.held = True
         for worker in workers:
             worker.held = True
-            self._fleet.end(worker, now, "stopped by an operator", at_once=event.now)
-        self._fleet.touch(model)
+        self._fleet.end_in_order(workers, now, "stopped by an operator", at_once=event.now)
+        self._fleet.touch_around(model)
         return workers
 
     def restart(self, event: on.Restarted, now: float) -> list[Worker]:
@@ -142,7 +157,7 @@ class Operators:
             return self.start(on.Start(event.call, event.name), now)
         for worker in running:
             worker.held = model.held = False
-            self._fleet.end(worker, now, "restarted by an operator", again=True)
+        self._fleet.end_in_order(running, now, "restarted by an operator", again=True)
         return running
 
     def reset(self, event: on.Reset, now: float) -> list[Worker]:
@@ -207,13 +222,14 @@ class Operators:
         self._fleet.touch(model)
         return workers
 
-    def shut_down(self, now: float) -> None:
-        self._fleet.shutting_down = True
-        for worker in self._fleet.workers.values():
-            self._fleet.end(worker, now, "llmosd is shutting down")
-        for model in self._fleet.models.values():
-            self._fleet.touch(model)
-        self._fleet.note_all_down()
+    def shut_down(self, event: on.ShutDown, now: float) -> None:
+        fleet = self._fleet
+        fleet.shutting_down = True
+        fleet.end_in_order(list(fleet.workers.values()), now, "llmosd is shutting down")
+        fleet.bound_order(now, event.within_s)
+        for model in fleet.models.values():
+            fleet.touch(model)
+        fleet.note_all_down()
 
 
 def _changed(limits: Limits, changes: dict[str, object]) -> Limits:

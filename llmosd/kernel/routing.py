@@ -194,6 +194,7 @@ class Routing:
             model = changed.pop(next(iter(changed)))
             if self._fleet.models.get(model.spec.model) is not model:
                 continue
+            self._fleet.keep_order(model, now)
             self._fill_slots(model, now)
             running = sum(worker.running for worker in model.workers.values())
             hopeless = self._demand.balance(model, len(model.queue) + len(model.parked) + running, now)

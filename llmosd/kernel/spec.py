@@ -240,6 +240,10 @@ class ModelSpec(Declared, frozen=True, kw_only=True):
     engine: AnyEngine
     aliases: Annotated[tuple[Name, ...], doc("further names that requests may use")] = ()
     kind: Annotated[Literal["model", "service"], doc("a service is supervised and takes no requests")] = "model"
+    requires: Annotated[
+        tuple[Name, ...],
+        doc("models or services that must be ready before a worker of this one is started; stopped after it"),
+    ] = ()
     resources: Resources = Resources()
     limits: Limits = Limits()
     scale: Scale = Scale()

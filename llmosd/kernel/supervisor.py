@@ -12,7 +12,7 @@ import msgspec
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
-from llmosd.kernel.demand import Demand, kept
+from llmosd.kernel.demand import Demand, spare
 from llmosd.kernel.fleet import PROBE_S, SIGTERM, Fleet, same_process
 from llmosd.kernel.lifecycle import ALIVE, State, Trigger
 from llmosd.kernel.restart import ExitStatus
@@ -88,7 +88,7 @@ class Supervisor:
         worker.failure_reason = worker.failure_reason or event.detail
         cause = worker.failure_reason or str(event.status)
         self._out.append(do.Happened("exited", worker.name, cause, worker.model))
-        self._fleet.fire(worker, Trigger.EXITED, now, worker.why if worker.stop_wanted else cause)
+        self._fleet.fire(worker, Trigger.EXITED, now, worker.why if worker.stop_wanted and not worker.ending else cause)
 
     def emptied(self, event: on.Emptied, now: float) -> None:
         worker = self._alive(event.worker, event.incarnation)
@@ -109,6 +109,7 @@ class Supervisor:
         if model is None:
             model = fleet.models[spec.model] = Model(spec)
             model.removed = True  # its file is gone: it is known until it is down
+            fleet.dependencies.note(spec.model, (), spec.requires)
         worker = worker or fleet.add(model, event.worker)
         worker.begin_life(spec, event.incarnation, min(now, event.started_at))
         worker.in_force, worker.on_record, worker.slots = event.limits, event.grant, event.limits.slots
@@ -124,9 +125,12 @@ class Supervisor:
         elif event.draining:
             fleet.end(worker, now, "was draining when the daemon started")
         elif model.removed or fleet.shutting_down:
-            fleet.end(worker, now, "its model file is gone" if model.removed else "llmosd is shutting down")
+            why = "its model file is gone" if model.removed else "llmosd is shutting down"
+            fleet.end_in_order([worker], now, why)
+        elif worker.held:
+            fleet.end_in_order([worker], now, "stopped by an operator")
         elif not same_process(spec, model.spec):
-            fleet.end(worker, now, "its model file has changed", again=True)
+            fleet.end_in_order([worker], now, "its model file has changed", again=True)
         else:
             worker.spec = model.spec
             if event.ended is None and spec.limits != model.spec.limits:
@@ -192,6 +196,8 @@ class Supervisor:
         if fleet.by_peer.get(worker.peer) is worker:
             del fleet.by_peer[worker.peer]
         worker.pid = worker.engine_pid = 0
+        worker.ending = None
+        self._timers.cancel(("order", worker.name))
         again, worker.start_after = worker.start_after, False
         verdict = judge(worker, now, fleet.params.seed)
         worker.failures, worker.rested, worker.restart_at = verdict.failures, verdict.rested, verdict.restart_at
@@ -242,6 +248,10 @@ class Supervisor:
             self._state_due(worker, now)
         elif what == "idle":
             self._idle_due(worker, now)
+        elif what == "order":
+            if worker.ending:  # whoever requires it had its time
+                why, at_once = worker.ending
+                self._fleet.end(worker, now, why, at_once=at_once, again=worker.start_after)
         else:
             self._silence_due(worker, now)
 
@@ -250,9 +260,9 @@ class Supervisor:
         if worker.state is State.BACKOFF and not fleet.counted:
             self._timers.set(("state", worker.name), now + NOT_COUNTED_S)
         elif worker.state is State.BACKOFF:
-            if why := self._demand.start(worker, now):
+            if self._demand.start(worker, now) and worker.state is State.BACKOFF:
                 # The delay is over; from here on it waits for resources as any stopped worker does.
-                fleet.fire(worker, Trigger.STOP, now, f"waits for resources: {why}")
+                fleet.fire(worker, Trigger.STOP, now, worker.why)
                 fleet.touch(fleet.models[worker.model])
         elif worker.state is State.STOPPING and worker.killed:
             fleet.fire(worker, Trigger.HUNG, now, "killed and still there: a process is stuck in the kernel")
@@ -273,7 +283,7 @@ class Supervisor:
         if worker.state is not State.READY or worker.requests or not timeout:
             return  # set again when it turns idle
         due = worker.idle_since + timeout
-        if now >= due and kept(model) > model.spec.scale.min:
+        if now >= due and spare(model, self._fleet.dependencies.needed(model)):
             self._fleet.end(worker, now, f"idle for {timeout}")
         else:
             self._timers.set(("idle", worker.name), due if due > now else now + timeout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llmosd.kernel.ledger import Grant
 from llmosd.kernel.lifecycle import State
 from llmosd.kernel.requests import Request
@@ -10,11 +12,20 @@ from llmosd.kernel.runqueue import RunQueue
 from llmosd.kernel.spec import Limits, ModelSpec
 
 
+class Ending(NamedTuple):
+    """An end that waits for its turn."""
+
+    why: str
+    #: Does not wait for requests that run.
+    at_once: bool
+
+
 class Worker:
     """One supervised process tree. Times are the kernel's monotonic seconds."""
 
     __slots__ = (
         "dispatched_at",
+        "ending",
         "engine_pid",
         "exit_status",
         "failure_reason",
@@ -88,6 +99,8 @@ class Worker:
         self.rested = False
         #: Somebody wants this life to end.
         self.stop_wanted = False
+        #: How this life is to end, once those that require it are down.
+        self.ending: Ending | None = None
         #: Once this life has ended, begin another at once: a restart, or a changed model file.
         self.start_after = False
         #: This life ends by a fault, however clean its exit looks: too slow, over a limit, or its engine is gone.
@@ -123,6 +136,7 @@ class Worker:
         self.pid = self.engine_pid = 0
         self.peer = self.token = b""
         self.stop_wanted = self.start_after = self.rested = False
+        self.ending = None
         self.faulted = self.killed = self.permanent = self.unheard = False
         self.failure_reason = self.strain = ""
         self.exit_status = None
@@ -130,10 +144,17 @@ class Worker:
         self.started_at, self.ready_at = now, 0.0
 
 
+class Hopeless(NamedTuple):
+    """Why no worker of a model will be ready without somebody's help: what (it, or its worker), and what of it."""
+
+    what: str
+    why: str
+
+
 class Model:
     """A model with its workers and the requests that wait for it."""
 
-    __slots__ = ("held", "parked", "queue", "removed", "spec", "why", "workers")
+    __slots__ = ("held", "hopeless", "parked", "queue", "removed", "spec", "why", "workers")
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -147,3 +168,5 @@ class Model:
         self.removed = False
         #: Why no worker could be started just now.
         self.why = ""
+        #: As it was when the model was looked at last.
+        self.hopeless: Hopeless | None = None

@@ -89,7 +89,9 @@ def _operate(world: World) -> None:
     match chance.randrange(11):
         case 0:
             world.command(on.Stop, name, clock.happens(0.5))
-            clock.after(clock.between(0.1, 5), _again, world, on.Start, name)
+            if clock.happens(0.2):
+                clock.after(clock.between(0, 3), _die, world)
+            clock.after(clock.between(0.1, 20 if clock.happens(0.3) else 5), _again, world, on.Start, name)
         case 1:
             world.command(on.Start, name)
         case 2:
@@ -123,6 +125,11 @@ def _again(world: World, kind: type[on.Event], *details: object) -> None:
         world.command(kind, *details)
 
 
+def _die(world: World) -> None:
+    if world.kernel is not None:
+        kill_daemon(world)
+
+
 def kill_daemon(world: World) -> None:
     """The daemon dies; while it is away, model files change too."""
     world.kill_daemon()
@@ -136,7 +143,7 @@ def _edit(world: World) -> None:
     """A model file is edited."""
     chance = world.clock.chance
     spec = chance.choice(list(world.files.values()))
-    change = chance.randrange(3)
+    change = chance.randrange(4)
     if change == 0 and spec.routed:
         env = {"EDITED": str(chance.randrange(3))}
         spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, env=env))
@@ -144,6 +151,10 @@ def _edit(world: World) -> None:
         slots, cpus = chance.choice([1, 2, 4]), chance.choice([None, CpuSet((1, 2)), CpuSet((0, 3, 4))])
         limits = msgspec.structs.replace(spec.limits, slots=slots, allowed_cpus=cpus)
         spec = msgspec.structs.replace(spec, limits=limits)
+    elif change == 2:
+        names = [*MODELS, "small-alias", "nothing"]
+        requires = tuple(chance.sample(names, chance.choice([0, 1, 1, 2])))
+        spec = msgspec.structs.replace(spec, requires=requires)  # it may be refused, for a circle
     else:
         scale = msgspec.structs.replace(spec.scale, max=chance.choice([1, 2, 3]))
         spec = msgspec.structs.replace(spec, scale=scale)
@@ -178,8 +189,11 @@ def repair(world: World) -> None:
     for group in world.node.groups.values():
         if group.host is not None:
             group.host.freeze(False)
-    for name, spec in MODELS.items():
-        world.files[name] = spec
+    world.files |= MODELS
+    # Twice: one may be refused only for what another required until now.
+    for spec in [*MODELS.values(), *MODELS.values()]:
         world.command(on.Apply, spec)
+    for name in MODELS:
         world.command(on.Reset, name)
+    for name in MODELS:
         world.command(on.Start, name)

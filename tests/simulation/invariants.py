@@ -8,6 +8,7 @@ import msgspec
 
 from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
+from llmosd.kernel.dependencies import ready
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.ledger import Grant
 from llmosd.kernel.lifecycle import ALIVE, State
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 #: States that only something from outside or another worker's end leads out of.
 _CHUNK, _DONE, _FAILED = map(msgspec.msgpack.Decoder, (f.Chunk, f.Done, f.Failed))
-PATIENT = frozenset({State.STOPPED, State.FAILED, State.READY, State.FROZEN, State.ASLEEP})
+PATIENT = frozenset({State.STOPPED, State.FAILED, State.READY, State.FROZEN, State.ASLEEP, State.WAITING})
 
 
 def check(world: World, kernel: Kernel) -> None:
     check_ledger(kernel)
     check_cpus(world, kernel)
     check_workers(kernel)
+    check_dependencies(world, kernel)
     check_requests(kernel)
     check_dispatch(kernel)
     check_processes(world, kernel)
@@ -61,6 +63,74 @@ def check_workers(kernel: Kernel) -> None:
             assert ("silence", name) in timers, f"{name} works and nobody listens"
         unfinished = sum(request.final_seq < 0 for request in worker.requests.values())
         assert worker.running == unfinished, f"{name} counts {worker.running} requests and has {unfinished}"
+
+
+def check_dependencies(world: World, kernel: Kernel) -> None:
+    """Who waits has reason to, and what was said of hopeless models is still true."""
+    fleet = kernel.fleet
+    for name, worker in fleet.workers.items():
+        model = fleet.models[worker.model]
+        lack = fleet.dependencies.lack(model)
+        if worker.state is State.WAITING:
+            assert lack is not None and not lack.hopeless, f"{name} waits, and {lack}"
+        if worker.ending:
+            assert ("order", name) in kernel._timers, f"{name} is never ended if those that require it stay"
+            assert not fleet.counted or fleet.dependencies.in_use(model), f"{name} waits for nobody's end"
+    if not fleet.counted or fleet.shutting_down:
+        return
+    for name, model in fleet.models.items():
+        assert not fleet.dependencies.cycle(model.spec) or model.removed, f"{name} requires itself"
+        if not any(worker.rested for worker in model.workers.values()):  # that looks at the time
+            hopeless = fleet.dependencies.hopeless(model, world.clock.now)
+            was, is_now = (one and one.what for one in (model.hopeless, hopeless))
+            assert was == is_now, f"{name} was told to be {model.hopeless} and is {hopeless}"
+
+
+#: How the reason of an end begins that waits for those that require it; and of one that is not, while they are there.
+_IN_ORDER = (
+    "stopped by an operator",
+    "restarted by",
+    "its model was removed",
+    "its model file",
+    "llmosd is",
+    "requires ",
+)
+_UNNEEDED = ("idle for", "makes room for")
+
+
+def check_end(world: World, happened: do.Happened) -> None:
+    """What is required is stopped after those that require it, and not for being idle while they are there."""
+    assert world.kernel is not None
+    fleet = world.kernel.fleet
+    model = fleet.models.get(happened.model)
+    begins = happened.kind in (State.DRAINING, State.STOPPING) and happened.subject not in world.ending
+    (world.ending.add if happened.kind is State.DRAINING else world.ending.discard)(happened.subject)
+    if not begins or model is None or ready(model):
+        return
+    if happened.message.startswith(_IN_ORDER):
+        users = [worker.name for worker in fleet.dependencies.in_use(model)]
+        assert not users, f"{happened.subject} ends before {users}: {happened.message}"
+    if happened.message.startswith(_UNNEEDED):
+        users = [worker.name for worker in fleet.dependencies.in_use(model)]
+        assert not users, f"{happened.subject} ends, and is required by {users}: {happened.message}"
+
+
+def check_spawn(world: World, spawn: do.Spawn) -> None:
+    """Nothing is started before what it requires, nor what an operator has stopped, in this life of the daemon or an
+    earlier one."""
+    assert world.kernel is not None
+    fleet = world.kernel.fleet
+    model = fleet.models[spawn.spec.model]
+    for name in model.spec.requires:
+        other = fleet.dependencies.find(name)
+        assert other is not None, f"{spawn.worker} is started without {name}"
+        states = [worker.state for worker in other.workers.values()]
+        assert State.READY in states, f"{spawn.worker} is started and {name} is {states}"
+    assert spawn.worker not in world.stopped, f"{spawn.worker} is started, and an operator has stopped it"
+    if spawn.worker not in world.exempt:
+        assert model.spec.model not in world.stopped, (
+            f"{spawn.worker} is started, and an operator has stopped its model"
+        )
 
 
 def check_requests(kernel: Kernel) -> None:
@@ -179,7 +249,9 @@ def check_to_worker(world: World, effect: do.ToWorker) -> None:
     if effect.kind is not f.Kind.RUN or not effect.payload:
         return
     assert world.kernel is not None
-    request = world.kernel.table.requests[effect.rid]
+    request = world.kernel.table.requests.get(effect.rid)
+    if request is None:
+        return  # in the same step it was given a slot that became free, and abandoned with its client
     for group in world.node.groups.values():
         if group.host is None or group.status is not None or group.peer == effect.peer or group.killed:
             continue

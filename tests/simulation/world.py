@@ -29,6 +29,9 @@ GIB = 1 << 30
 CPUS = (Cpu(0, 0, 0, 0), Cpu(1, 0, 1, 0), Cpu(2, 1, 0, 1), Cpu(3, 1, 1, 1), Cpu(4, 0, 0, 0), Cpu(5, 1, 0, 1))
 CAPACITY = Capacity(6000, 8 * GIB, (Gpu("GPU-0", 8 * GIB), Gpu("GPU-1", 8 * GIB)), CPUS)
 
+#: Commands over which the daemon dies now and then.
+OPERATED = (on.Start, on.Stop, on.Restarted, on.Remove)
+
 
 class World:
     """The machine."""
@@ -48,6 +51,13 @@ class World:
         self.submitted = 0
         self.all_down = False
         self.ends: Counter[str] = Counter()
+        #: What operators have stopped: as the daemon keeps it, and as they were told that it is.
+        self.kept = on.Held((), ())
+        self.stopped: set[str] = set()
+        #: Workers that operators started though their model was stopped.
+        self.exempt: set[str] = set()
+        #: Workers whose end has begun.
+        self.ending: set[str] = set()
         #: What the kernel told which peer to forget.
         self.released: set[tuple[bytes, bytes]] = set()
         self.node = Node(self)
@@ -111,6 +121,7 @@ class World:
             )
         )  # fmt: skip
         self._tick_at = float("inf")
+        self.tell(self.kept)
         for spec in self.files.values():
             self.command(on.Apply, spec)
         self.node.adopt()
@@ -139,15 +150,59 @@ class World:
         kernel = self.kernel
         assert kernel is not None
         self.steps += 1
+        self._note_start(event)
         effects = kernel.handle(event, self.clock.now)
+        if isinstance(event, OPERATED) and self.clock.happens(self.trouble * 0.05):
+            return self._die_amidst(effects)
         for effect in effects:
             self._carry_out(effect)
+        self._note_stop(event, effects)
         invariants.check(self, kernel)
         due = kernel.deadline()
         if due is not None and due < self._tick_at:
             self._tick_at = due
             self.clock.after(due - self.clock.now, self._tick, due, self.life)
         return effects
+
+    def _die_amidst(self, effects: list[do.Effect]) -> list[do.Effect]:
+        """The daemon dies before it has carried out all that a command led to: nobody was told that it is done."""
+        done = effects[: self.clock.chance.randrange(len(effects) + 1)]
+        for effect in done:
+            self._carry_out(effect)
+        self.stopped = {*self.kept.models, *self.kept.workers}
+        self.kill_daemon()
+        return done
+
+    def _note_start(self, event: on.Event) -> None:
+        """Whom an operator lets go, if only by asking."""
+        kernel = self.kernel
+        assert kernel is not None
+        if not isinstance(event, on.Start | on.Restarted | on.Remove):
+            return
+        name = event.model if isinstance(event, on.Remove) else event.name
+        worker = kernel.fleet.workers.get(name)
+        if worker is not None:
+            self.stopped.discard(name)
+            self.exempt.add(name)
+            if isinstance(event, on.Restarted):
+                self.stopped.discard(worker.model)
+        elif (model := kernel.fleet.dependencies.find(name)) is not None:
+            self.stopped -= {model.spec.model, *model.workers}
+
+    def _note_stop(self, event: on.Event, effects: list[do.Effect]) -> None:
+        """Whom an operator was told that it stays down."""
+        kernel = self.kernel
+        assert kernel is not None
+        if not isinstance(event, on.Stop) or any(isinstance(e, do.Replied) and e.refusal for e in effects):
+            return
+        if event.name in kernel.fleet.workers:
+            names = {event.name}
+        else:
+            model = kernel.fleet.dependencies.find(event.name)
+            assert model is not None
+            names = {model.spec.model, *model.workers}
+        self.stopped |= names
+        self.exempt -= names
 
     def _tick(self, due: float, life: int) -> None:
         if life == self.life and due == self._tick_at:
@@ -156,9 +211,11 @@ class World:
                 self.tell(on.Tick())
 
     def command(self, kind: type[on.Event], *details: object) -> do.Replied:
-        """An operator's command; it is answered once and at once."""
+        """An operator's command; it is answered once and at once, unless the daemon dies over it."""
         self.calls += 1
         effects = self.tell(kind(self.calls, *details))
+        if self.kernel is None:
+            return do.Replied(self.calls, "unavailable")
         replies = [effect for effect in effects if isinstance(effect, do.Replied)]
         assert [reply.call for reply in replies] == [self.calls]
         return replies[0]
@@ -170,6 +227,13 @@ class World:
             self._to_worker(effect)
         elif isinstance(effect, do.AllDown):
             self.all_down = True
+        elif isinstance(effect, do.KeepHeld):
+            self.kept = on.Held(effect.models, effect.workers)
+        elif isinstance(effect, do.Spawn):
+            invariants.check_spawn(self, effect)
+            self.node.carry_out(effect)
+        elif isinstance(effect, do.Happened):
+            invariants.check_end(self, effect)
         else:
             self.node.carry_out(effect)
 

@@ -25,7 +25,7 @@ from tests.unit.fake_bus import FakeBus
 REQUEST_ID = "00112233445566778899aabbccddeeff"
 #: What a state becomes by itself. A worker of the model `bad` never loads.
 NEXT_STATE = {"starting": "loading", "loading": "ready", "draining": "stopping", "stopping": "stopped"}
-DOWN = ("stopped", "failed", "backoff")
+DOWN = ("stopped", "waiting", "failed", "backoff")
 
 
 def _worker(name: str, model: str, state: str, **fields: Any) -> pb.Worker:

@@ -200,6 +200,8 @@ def test_a_worker_that_was_being_stopped_is_stopped_still() -> None:
 def test_a_worker_whose_file_is_gone_is_ended_and_forgotten() -> None:
     shell = successor(spec("other"))
     adopt(shell, spec())
+    shell.count()
+    assert shell.state("m@1") == State.DRAINING
     shell.hello("m@1")
     assert shell.state("m@1") == State.STOPPING
     shell.tell(on.Exited("m@1", OLD, ExitStatus()))

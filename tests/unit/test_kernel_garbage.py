@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,12 @@ URL = "http://127.0.0.1:80/"
 PLAIN = ModelSpec(
     model="p", engine=Command(command=("p",)), scale=Scale(min=1), ready=Ready(http=URL), liveness=Liveness(http=URL)
 )
-SPECS = [spec("a", maximum=2), spec("b", minimum=1, slots=1, queue_max=2), spec("c", cpus=64), PLAIN]
+SPECS = [
+    msgspec.structs.replace(spec("a", maximum=2), requires=("b",)),
+    spec("b", minimum=1, slots=1, queue_max=2),
+    spec("c", cpus=64),
+    PLAIN,
+]
 
 numbers = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 12) | st.sampled_from([1001, 1002, 1 << 40, 1 << 62])
 sizes = st.lists(numbers, max_size=3).map(tuple)
@@ -75,7 +81,9 @@ def commands(kind: Callable[..., on.Event], *details: st.SearchStrategy[Any]) ->
 
 
 statuses = st.builds(ExitStatus, st.none() | st.integers(0, 255), st.none() | st.integers(1, 64))
-specs: st.SearchStrategy[ModelSpec] = st.sampled_from([*SPECS, spec("a", slots=1), spec("new")])
+specs: st.SearchStrategy[ModelSpec] = st.sampled_from(
+    [*SPECS, spec("a", slots=1), msgspec.structs.replace(spec("new", minimum=1), requires=("a", "c"))]
+)
 limits = st.sampled_from(["slots", "nice", "memory_max", "?"])
 changes = st.dictionaries(limits, numbers | texts | st.none(), max_size=2)
 worker_peers = workers.map(peer_of)
@@ -110,6 +118,8 @@ EVENTS: list[st.SearchStrategy[on.Event]] = [
     commands(on.Kill, names | rids.map(bytes.hex), numbers),
     commands(on.SetLimits, names, changes),
     st.just(on.ShutDown()),
+    st.builds(on.ShutDown, st.sampled_from([0.0, 5.0])),
+    st.builds(on.Held, st.lists(names, max_size=2).map(tuple), st.lists(workers, max_size=2).map(tuple)),
 ]  # fmt: skip
 
 

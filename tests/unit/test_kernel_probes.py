@@ -204,5 +204,6 @@ def test_a_command_that_was_frozen_is_not_asked_by_a_new_daemon_until_it_thaws()
 def test_a_command_whose_file_changed_is_not_asked_but_ended() -> None:
     shell = successor(plain(liveness=Liveness()))
     adopt(shell, plain())
+    shell.count()
     assert shell.state("m@1") == State.STOPPING
     assert shell.only(do.Probe) == do.Probe("m@1", OLD)

@@ -16,7 +16,7 @@ _RIGHT: Final = ("WORKERS", "RUNNING", "QUEUE", "CPUS", "MEMORY", "GPU MEM", "SL
 
 
 @click.command()
-@click.option("-v", "--verbose", is_flag=True, help="Also aliases, slots and files.")
+@click.option("-v", "--verbose", is_flag=True, help="Also aliases, slots, files and what is required.")
 @output_option
 @with_daemon
 async def command(client: AsyncClient, verbose: bool, output: str) -> None:
@@ -45,6 +45,7 @@ async def command(client: AsyncClient, verbose: bool, output: str) -> None:
     if verbose:
         columns["KIND"] = [m.kind for m in models]
         columns["SLOTS"] = [str(m.slots) for m in models]
+        columns["REQUIRES"] = [",".join(m.requires) for m in models]
         columns["ALIASES"] = [",".join(m.aliases) for m in models]
         columns["FILE"] = [m.file for m in models]
     columns["WHY"] = [m.why for m in models]

@@ -24,7 +24,7 @@ NONE: Final = "-"
 _STATE_COLOURS: Final = {
     "ready": "green", "running": "green", "ok": "green", "done": "green",
     "starting": "yellow", "loading": "yellow", "waking": "yellow", "draining": "yellow", "stopping": "yellow",
-    "backoff": "yellow", "blocked": "yellow", "adopted": "yellow", "limited": "yellow",
+    "backoff": "yellow", "waiting": "yellow", "blocked": "yellow", "adopted": "yellow", "limited": "yellow",
     "failed": "red", "unkillable": "red", "missing": "red", "expired": "red", "rejected": "red",
     "frozen": "cyan", "asleep": "cyan",
 }  # fmt: skip

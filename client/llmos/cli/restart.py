@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 async def command(client: AsyncClient, name: str, no_wait: bool, timeout: float) -> None:
     """End NAME and run it again.
 
-    It finishes its requests first. Comes back when it takes requests again, or has failed.
+    It finishes its requests first. Those that require it are restarted with it. Comes back when it
+    takes requests again, or has failed.
     """
     await carry_out(client, client.restart(name), states=UP, dead_ends=NOT_UP, no_wait=no_wait, timeout=timeout)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 async def command(client: AsyncClient, name: str, no_wait: bool, timeout: float) -> None:
     """Start NAME.
 
-    Comes back when it takes requests, or has failed: then with the reason and its last words.
+    What it requires is started before it. Comes back when it takes requests, or has failed: then with the
+    reason and its last words.
     """
     await carry_out(client, client.start(name), states=UP, dead_ends=NOT_UP, no_wait=no_wait, timeout=timeout)

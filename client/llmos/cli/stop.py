@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 async def command(client: AsyncClient, name: str, now: bool, no_wait: bool, timeout: float) -> None:
     """End NAME and keep it down.
 
-    It finishes its requests first. Comes back when no process of it is left.
+    It finishes its requests first, and those that require it end before it. Comes back when no process of it is left.
+    It stays down, whoever restarts the daemon, until `llmos start` or the next boot.
     """
     stopping = client.stop(name, now=now)
     await carry_out(client, stopping, states=("stopped",), dead_ends=("unkillable",), no_wait=no_wait, timeout=timeout)

@@ -74,7 +74,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "aliases", "kind", "driver", "routed", "state", "why", "workers_ready", "workers_running", "workers_max", "workers_min", "queue", "requests_running", "slots", "cpus", "memory_bytes", "gpu_memory_bytes", "file", "toml", "simulated")
+    __slots__ = ("name", "aliases", "kind", "driver", "routed", "state", "why", "workers_ready", "workers_running", "workers_max", "workers_min", "queue", "requests_running", "slots", "cpus", "memory_bytes", "gpu_memory_bytes", "file", "toml", "simulated", "requires")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,7 @@ class Model(_message.Message):
     FILE_FIELD_NUMBER: _ClassVar[int]
     TOML_FIELD_NUMBER: _ClassVar[int]
     SIMULATED_FIELD_NUMBER: _ClassVar[int]
+    REQUIRES_FIELD_NUMBER: _ClassVar[int]
     name: str
     aliases: _containers.RepeatedScalarFieldContainer[str]
     kind: str
@@ -115,7 +116,8 @@ class Model(_message.Message):
     file: str
     toml: str
     simulated: bool
-    def __init__(self, name: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., kind: _Optional[str] = ..., driver: _Optional[str] = ..., routed: _Optional[bool] = ..., state: _Optional[str] = ..., why: _Optional[str] = ..., workers_ready: _Optional[int] = ..., workers_running: _Optional[int] = ..., workers_max: _Optional[int] = ..., workers_min: _Optional[int] = ..., queue: _Optional[int] = ..., requests_running: _Optional[int] = ..., slots: _Optional[int] = ..., cpus: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., gpu_memory_bytes: _Optional[int] = ..., file: _Optional[str] = ..., toml: _Optional[str] = ..., simulated: _Optional[bool] = ...) -> None: ...
+    requires: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., kind: _Optional[str] = ..., driver: _Optional[str] = ..., routed: _Optional[bool] = ..., state: _Optional[str] = ..., why: _Optional[str] = ..., workers_ready: _Optional[int] = ..., workers_running: _Optional[int] = ..., workers_max: _Optional[int] = ..., workers_min: _Optional[int] = ..., queue: _Optional[int] = ..., requests_running: _Optional[int] = ..., slots: _Optional[int] = ..., cpus: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., gpu_memory_bytes: _Optional[int] = ..., file: _Optional[str] = ..., toml: _Optional[str] = ..., simulated: _Optional[bool] = ..., requires: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ApplyModelRequest(_message.Message):
     __slots__ = ("toml", "file_name")

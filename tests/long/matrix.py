@@ -41,6 +41,7 @@ SPAWN = [name for name in NAMES if name.startswith("spawn.")]
 STOP = [name for name in NAMES if name.startswith("stop.")]
 ENDS = [name for name in NAMES if name.startswith(("kill.", "exit.", "empty."))]
 ADOPT = [name for name in NAMES if name.startswith("adopt.")]
+UPGRADE = [name for name in NAMES if name.startswith("upgrade.")]
 
 CELLS = [
     *(Cell(name, state, "start") for name in SPAWN for state in ("stopped", "backoff")),
@@ -49,6 +50,10 @@ CELLS = [
     *(Cell(name, state, "stop") for name in ENDS for state in ("loading", "ready", "busy", "frozen")),
     *(Cell(name, state, "restart") for name in ADOPT for state in ("loading", "ready", "busy", "frozen", "draining")),
     *(Cell("models.read", state, "restart") for state in ("ready", "busy", "draining")),
+    *(Cell("held.kept", state, "stop") for state in ("loading", "ready", "busy", "frozen")),
+    Cell("held.kept", "held", "start"),
+    *(Cell(name, state, "upgrade") for name in UPGRADE for state in ("loading", "ready", "busy", "frozen", "draining")),
+    Cell("ready.recorded", "stopped", "start"),
     Cell("apply.kept", "ready", "apply"),
     Cell("apply.kept", "stopped", "apply"),
 ]
@@ -58,9 +63,7 @@ def outcome(cell: Cell) -> Outcome:
     """What must become of the target, whose policy is to be restarted always."""
     failpoint, state, operation = cell
     # Its process lives through it: what it was doing, it goes on with.
-    # That an operator had stopped it dies with the daemon, so a request that was running may have it started again.
-    down = {"stopped", "ready"} if state in ("busy", "draining") else {"stopped"}
-    goes_on = {"draining": Outcome(down, {CLEAN}), "frozen": Outcome({"frozen"}, {NOTHING})}
+    goes_on = {"draining": Outcome({"stopped"}, {CLEAN}), "frozen": Outcome({"frozen"}, {NOTHING})}
     lives = goes_on.get(state, Outcome({"ready"}, {NOTHING}))
     if operation == "apply":
         # It was about to be ended to start anew; the file that says so was not kept.
@@ -68,18 +71,21 @@ def outcome(cell: Cell) -> Outcome:
         return changing if state == "ready" else Outcome({ABSENT}, {NOTHING})
     if failpoint == "empty.forgotten" or failpoint in ("spawn.gated", "spawn.grouped"):
         # There is, or was, no process, and no record of one.
-        return Outcome((down - {"stopped"}) | {ABSENT}, {NOTHING})
-    if operation == "restart" or (operation, failpoint) == ("kill", "kill.before"):
+        return Outcome({ABSENT}, {NOTHING})
+    if operation in ("restart", "upgrade") or (operation, failpoint) == ("kill", "kill.before"):
         return lives
+    if state == "held":
+        # An operator has let it go; it was not started yet.
+        return Outcome({ABSENT}, {NOTHING})
     if operation == "start":
         # On record and not told to go, it ends at its gate; nobody sees how.
         return Outcome({"ready"}, {UNKNOWN if failpoint == "spawn.recorded" else NOTHING})
     if operation == "stop":
         # Signalled, it may end before the next daemon is there, or by that one's signal when it has all but ended.
-        return Outcome(down, {CLEAN, TERMED, UNKNOWN} if failpoint == "stop.signalled" else {CLEAN})
+        return Outcome({"stopped"}, {CLEAN, TERMED, UNKNOWN} if failpoint == "stop.signalled" else {CLEAN})
     # Killed, it may have been seen to end before the daemon comes to its failpoint, and not after it.
     exits = {KILLED, UNKNOWN} if failpoint == "kill.sent" else {KILLED}
-    return Outcome(down if state == "draining" else {"ready"}, exits)
+    return Outcome({"stopped"} if state == "draining" else {"ready"}, exits)
 
 
 def told(cell: Cell, last_exit: str) -> str:

@@ -74,7 +74,7 @@ class Service:
 
     def workers(self) -> dict[str, int]:
         """The pid of the worker of each model that has one."""
-        return {worker["model"]: worker["pid"] for worker in self.json("ps")}
+        return {worker["model"]: worker["pid"] for worker in self.json("ps") if worker["pid"]}
 
     def property(self, name: str, unit: str = UNIT) -> str:
         return self.guest.out(f"systemctl show --value --property={name} {unit}")

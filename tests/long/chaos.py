@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -257,7 +258,7 @@ class Chaos:
             [sys.executable, "-c", code, str(self.machine.runtime)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         assert client.stdout is not None
-        client.stdout.readline()
+        select.select([client.stdout], [], [], 1.0)  # its worker may be frozen
         client.kill()
         client.communicate()
 

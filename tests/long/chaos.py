@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -257,7 +258,7 @@ class Chaos:
             [sys.executable, "-c", code, str(self.machine.runtime)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         assert client.stdout is not None
-        client.stdout.readline()
+        select.select([client.stdout], [], [], 1.0)  # its worker may be frozen
         client.kill()
         client.communicate()
 
@@ -336,13 +337,13 @@ class Chaos:
         assert self.rss[-1] < RSS_MAX and self.fds[-1] < FDS_MAX
 
     def figures(self) -> str:
-        mib = [rss >> 20 for rss in self.rss]
+        mib, fds = [rss >> 20 for rss in self.rss] or [0], self.fds or [0]
         return (
             f"{sum(self.done.values())} operations ("
             + ", ".join(f"{name} {count}" for name, count in sorted(self.done.items()))
             + f"; {self.refused} calls refused), {self.deaths} deaths of the daemon, its slowest answer "
-            f"{self.slowest_s:.2f} s, RSS {mib[0]}, {mib[-1]} and at most {max(mib)} MiB, descriptors {self.fds[0]}, "
-            f"{self.fds[-1]} and at most {max(self.fds)}; seed {self.seed}"
+            f"{self.slowest_s:.2f} s, RSS {mib[0]}, {mib[-1]} and at most {max(mib)} MiB, descriptors {fds[0]}, "
+            f"{fds[-1]} and at most {max(fds)}; seed {self.seed}"
         )
 
 

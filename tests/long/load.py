@@ -75,7 +75,7 @@ class Traffic:
         self._client = llmos.Client(str(machine.runtime), patience=30)
         ways: tuple[Callable[[str, str], Iterator[str]], ...] = (self._by_library, self._by_gateway)
         self._threads = [
-            threading.Thread(target=self._go_on, args=(way, model, f"{model} {way.__name__} {number}"))
+            threading.Thread(target=self._go_on, args=(way, model, f"{model} {way.__name__} {number}"), daemon=True)
             for model in models
             for way in ways
             for number in range(2)
@@ -138,6 +138,10 @@ class Traffic:
         self._client.close()
         assert not alive, f"{len(alive)} streams never end"
         assert not self.problems, "\n".join(self.problems[:20])
+
+    def figures(self) -> str:
+        failed = ", ".join(f"{error} {count}" for error, count in self.failed.most_common())
+        return f"{self.compared} streams compared, failed with an error: {failed or 'none'}"
 
 
 class HttpError(Exception):

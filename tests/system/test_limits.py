@@ -193,3 +193,19 @@ def test_limits_that_cannot_be_read_any_more_are_left_out_and_said(running: Mach
     running.start()
     assert limits(running, "sim")["slots"]["configured"] == "4"
     assert "model sim: the limits that were set on it cannot be read" in running.log()
+
+
+def test_limits_that_change_while_a_worker_is_being_started_are_in_force_when_it_is_up(a_machine: Machine) -> None:
+    a_machine.model(SIMULATED + "[limits]\nnice = 3\n")
+    a_machine.prepare_failpoint("spawn.grouped=delay(1000)")
+    a_machine.start()
+    client = a_machine.client
+    a_machine.arm()
+    client.start("sim")
+    client.set_limits("sim", {"nice": "7"})
+    worker = a_machine.wait_worker("sim@1", "ready")
+    wait_for("nice value", lambda: os.getpriority(os.PRIO_PROCESS, worker.pid) == 7, 5)
+    a_machine.kill()
+    a_machine.start()
+    limits = {limit.name: limit.in_force for limit in a_machine.client.limits("sim@1")[0].limits}
+    assert limits["nice"] == "7"

@@ -118,6 +118,8 @@ def test_what_a_worker_of_another_daemon_left_is_no_stray_of_this_one() -> None:
     finally:
         os.kill(marked, signal.SIGKILL)
         os.waitpid(marked, 0)
+        ours.close()
+        others.close()
 
 
 def test_a_group_whose_leaders_number_became_a_strangers_is_not_the_strangers() -> None:

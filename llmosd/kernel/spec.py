@@ -216,7 +216,13 @@ class Ready(Declared, frozen=True, kw_only=True):
     `loading`, for at most `timeouts.load` without printing anything. The other drivers know it by themselves."""
 
     http: Annotated[str, doc("URL on this machine; GET on it answers 2xx")] = ""
-    log: Annotated[str, doc("regular expression; it is found in a line it prints, in the first 4096 bytes of it")] = ""
+    log: Annotated[
+        str,
+        doc(
+            "regular expression; it is found in a line it prints, in the first 4096 bytes of it, unless it prints more "
+            "than half of logs.max_size a second"
+        ),
+    ] = ""
 
 
 class Liveness(Declared, frozen=True, kw_only=True):

@@ -83,7 +83,8 @@ class Supervisor:
         if worker is None:
             return
         worker.exit_status = event.status
-        worker.last_exit = f"{event.status}: {event.detail}" if event.detail else str(event.status)
+        status, detail = str(event.status), event.detail
+        worker.last_exit = detail if detail.startswith(status) else ": ".join(filter(None, (status, detail)))
         worker.permanent = worker.spec.engine.hosted and event.status.code == EXIT_CANNOT_WORK
         worker.failure_reason = worker.failure_reason or event.detail
         cause = worker.failure_reason or str(event.status)

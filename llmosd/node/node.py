@@ -150,11 +150,6 @@ class Node:
     async def _begin(self, life: Life, effect: do.Spawn, program: Program) -> None:
         await self._strays.gone(effect.worker)
         await life.begin(effect, program)
-        limits = self._limits.get(effect.worker, effect.limits)
-        if limits != effect.limits and self._current(effect.worker, effect.incarnation) is life:
-            # Changed while it was being started: it began with the old ones, on record too.
-            life.note_limits(limits)
-            await self._confine(life, limits, effect.limits)
 
     def signal(self, effect: do.Signal) -> None:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
@@ -188,8 +183,7 @@ class Node:
             self._warn(life.worker, f"cannot {'freeze' if frozen else 'thaw'} its processes: {error}")
 
     def confine(self, effect: do.Confine) -> None:
-        life = self._current(effect.worker, effect.incarnation)
-        if life is not None:
+        if (life := self._current(effect.worker, effect.incarnation)) is not None:
             before, self._limits[effect.worker] = self._limits.get(effect.worker), effect.limits
             self._spawn_task(self._confine(life, effect, before))
 

@@ -44,7 +44,7 @@ def test_workers_live_on_when_their_daemon_is_killed_and_serve_the_next_one(a_ma
     wait_for("nice value", lambda: os.getpriority(os.PRIO_PROCESS, before["sim@1"][0]) == 7)
     os.kill(before["stub@1"][0], signal.SIGKILL)
     again = a_machine.wait_worker("stub@1", "ready", not_pid=before["stub@1"][0])
-    assert again.last_exit == "killed by signal 9"  # though the daemon was not its parent
+    assert again.last_exit.startswith("killed by signal 9")  # though the daemon was not its parent
     client.stop("plain")
     assert a_machine.wait_worker("plain@1", "stopped").pid == 0
     a_machine.check_processes()

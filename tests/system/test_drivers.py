@@ -162,7 +162,7 @@ def test_a_command_is_supervised_logged_and_restarted_and_takes_no_requests(shar
     wait_for("output", lambda: "hello from plain" in list(client.logs("plain@1")))
     os.kill(before.pid, signal.SIGKILL)
     after = shared.wait_worker("plain@1", "ready", not_pid=before.pid)
-    assert (after.restarts, after.last_exit) == (1, "killed by signal 9")
+    assert (after.restarts, after.last_exit) == (1, "killed by signal 9; its last line: hello from plain")
     wait_for("its output again", lambda: list(client.logs("plain@1")).count("hello from plain") == 2)
     with pytest.raises(NotFound, match="no model 'plain'"):
         client.run("plain", "hello")

@@ -151,7 +151,7 @@ def test_ps_says_how_a_command_ended_with_its_last_line(a_machine: Machine) -> N
     client.apply(command(["sh", "-c", "echo tuning; echo the bow is broken >&2; exit 3"], name="dying", rest=ONCE))
     client.start("dying")
     assert a_machine.wait_worker("dying@1", "failed").why == "exit code 3; its last line: the bow is broken"
-    assert a_machine.worker("dying@1").last_exit == "exit code 3"
+    assert a_machine.worker("dying@1").last_exit == "exit code 3; its last line: the bow is broken"
 
 
 def test_the_log_of_a_dead_worker_is_there_after_its_daemon_and_after_its_model(a_machine: Machine) -> None:

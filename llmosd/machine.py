@@ -6,12 +6,13 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from llmosd import figures
 from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About, CheckRow, DeviceRow, Gauge, Refused, Used
 from llmosd.declared import DeclarationError, convert
@@ -21,13 +22,13 @@ from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.spec import Limits, ModelSpec
-from llmosd.kernel.units import CpuSet, encode_quantity
-from llmosd.kernel.views import WorkerView
+from llmosd.kernel.units import encode_quantity
 from llmosd.modelfile import ModelDirectory, parse, write_whole
 from llmosd.node import doctor
 from llmosd.node.confine import Unenforceable
 from llmosd.node.devices import take_inventory
-from llmosd.node.node import Measured, Node
+from llmosd.node.node import Node
+from llmosd.node.watch import Measured
 from llmosd.programs import GATEWAY
 from llmosd.upgrade import NotUpgraded
 
@@ -236,31 +237,15 @@ class LocalMachine:
     # -- figures --------------------------------------------------------------------------------------------
 
     def used(self, worker: str) -> Used:
-        measured = self.node.measured.get(worker, Measured())
+        measured = self.node.watch.measured.get(worker, Measured())
         usage = measured.usage
         return Used(measured.cpu_percent, usage.memory_bytes, usage.resident_bytes, usage.processes, usage.threads)
 
     async def gauges(self, worker: str) -> dict[str, Gauge]:
         counted = await self.node.counters(worker)
-        measured = self.node.measured.get(worker, Measured())
+        measured = self.node.watch.measured.get(worker, Measured())
         view = next((view for view in self.kernel.workers() if view.name == worker), None)
-        memory = Gauge(measured.usage.memory_bytes, measured.peak_memory_bytes)
-        tasks = Gauge(measured.usage.threads, measured.peak_threads)
-        if counted.memory_bytes is not None and self.enforcement("memory_max") != "watched":
-            memory = Gauge(counted.memory_bytes, counted.memory_peak_bytes)
-        if counted.tasks is not None and self.enforcement("tasks_max") != "watched":
-            tasks = Gauge(counted.tasks, counted.tasks_peak)
-        gauges = {
-            "memory_max": memory,
-            "memory_high": memory,
-            "tasks_max": tasks,
-            "cpu_quota": Gauge(measured.cpu_percent, measured.peak_cpu_percent),
-        }
-        if counted.swap_bytes is not None:
-            gauges["swap_max"] = Gauge(counted.swap_bytes, counted.swap_peak_bytes)
-        if view is not None:
-            gauges |= {"slots": Gauge(view.running), "queue_max": Gauge(view.queue)}
-        return gauges
+        return figures.gauges(counted, measured, self.enforcement, view)
 
     def log_file(self, worker: str) -> Path:
         return self.node.logs.log_file(worker)
@@ -275,69 +260,9 @@ class LocalMachine:
 
     async def devices(self) -> tuple[list[DeviceRow], list[str]]:
         inventory = await asyncio.to_thread(take_inventory)
-        ledger = self.kernel.ledger()
         workers = [view for view in self.kernel.workers() if view.pid]
         used = [self.used(view.name) for view in workers]
-        rows = [
-            DeviceRow(
-                kind="cpu",
-                id="cpus",
-                name=f"CPUs {CpuSet(cpu.number for cpu in inventory.cpus)}",
-                total=ledger.capacity.millicpus / 1000,
-                reserved=(ledger.capacity.millicpus - ledger.free.millicpus) / 1000,
-                used=sum(one.cpu_percent for one in used) / 100,
-                workers=tuple(view.name for view in workers if view.grant.millicpus),
-                properties={
-                    "packages": str(inventory.packages),
-                    "cores": str(inventory.cores),
-                    "threads": str(inventory.threads),
-                    **_own_cpus(workers, inventory.cpu_set),
-                },
-            ),
-            DeviceRow(
-                kind="memory",
-                id="memory",
-                name="RAM",
-                total=ledger.capacity.memory_bytes,
-                reserved=ledger.capacity.memory_bytes - ledger.free.memory_bytes,
-                used=sum(one.memory_bytes for one in used),
-                workers=tuple(view.name for view in workers if view.grant.memory_bytes),
-                properties={
-                    "machine_bytes": str(inventory.machine_memory_bytes),
-                    "swap_bytes": str(inventory.swap_bytes),
-                },
-            ),
-        ]
-        rows += [
-            DeviceRow(
-                kind="node",
-                id=f"node{node.number}",
-                name=f"NUMA node, CPUs {node.cpus}",
-                total=node.memory_bytes,
-                # By those who were started to prefer it.
-                reserved=sum(view.grant.memory_bytes for view in workers if view.grant.memory_node == node.number),
-                used=0,
-                workers=tuple(view.name for view in workers if set(view.grant.cpus) & set(node.cpus)),
-                properties=_own_cpus(workers, node.cpus),
-            )
-            for node in inventory.numa_nodes
-        ]
-        free = {gpu.uuid: gpu.memory_bytes for gpu in ledger.free.gpus}
-        total = {gpu.uuid: gpu.memory_bytes for gpu in ledger.capacity.gpus}
-        rows += [
-            DeviceRow(
-                kind="gpu",
-                id=gpu.uuid,
-                name=gpu.name,
-                total=gpu.memory_bytes,
-                reserved=total.get(gpu.uuid, 0) - free.get(gpu.uuid, 0),
-                used=gpu.memory_used_bytes,
-                workers=tuple(view.name for view in workers if gpu.uuid in view.grant.gpus),
-                properties={"pci": gpu.pci_bus_id, "driver": inventory.gpus.driver_version},
-            )
-            for gpu in inventory.gpus.devices
-        ]
-        return rows, list(inventory.notes)
+        return figures.device_rows(inventory, self.kernel.ledger(), workers, used), list(inventory.notes)
 
     async def diagnose(self) -> list[CheckRow]:
         lacking = await self._isolation.lacking()
@@ -349,13 +274,6 @@ class LocalMachine:
 
         checks = await asyncio.to_thread(look)
         return [CheckRow(check.name, check.result, check.message, check.advice) for check in checks]
-
-
-def _own_cpus(workers: Sequence[WorkerView], cpus: CpuSet) -> dict[str, str]:
-    """Which of `cpus` are which worker's own, and which are shared; nothing where all are."""
-    own = {view.name: CpuSet(set(view.grant.cpus) & set(cpus)) for view in workers}
-    held = {f"exclusive:{name}": str(its) for name, its in own.items() if its}
-    return held | {"shared": str(CpuSet(set(cpus).difference(*own.values())))} if held else {}
 
 
 def _number(worker: str) -> int:

@@ -1,77 +1,39 @@
 """The node: carries out the kernel's effects on this machine's processes, and tells what happened as events.
 
-One `Life` a worker's life; here are the lives that are, those of an earlier daemon, and the regular look at all.
+One `Life` a worker's life; here are the lives that are, and those of an earlier daemon.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
-
-import msgspec
+from typing import Final, TypeVar
 
 from llmosd.failpoint import failpoint
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.spec import Limits
-from llmosd.launch.reap import adopt_orphans, children, reap_orphans
+from llmosd.launch.reap import adopt_orphans
 from llmosd.node import records
 from llmosd.node.confine import Confinement
 from llmosd.node.confine.choice import Maker
 from llmosd.node.counters import Counters
-from llmosd.node.groups import mark_of, signal_process
+from llmosd.node.groups import mark_of
 from llmosd.node.life import Birth, Life, Program
 from llmosd.node.logwriter import LogWriter
-from llmosd.node.looks import Due, Looks
 from llmosd.node.oomlog import OomLog
 from llmosd.node.printed import size_of
 from llmosd.node.probes import Probes
 from llmosd.node.records import Record
-from llmosd.node.strain import may_strain
 from llmosd.node.strays import Strays
-from llmosd.node.usage import CpuMeter, Usage, sample
+from llmosd.node.watch import Watch
 
-#: Seconds between two looks at what the workers use.
-SAMPLE_S: Final = 2.0
-#: Workers that one hand-over to a thread looks at; between two the loop has its turn.
-_LOOKED_AT_ONCE: Final = 32
-#: What a stray has forked becomes our child, and is killed, in the round after it.
-_STRAY_ROUNDS: Final = 100
-#: Seconds in which the loop has noted the number of a child that it has just spawned.
-_KNOWN_WITHIN_S: Final = 0.02
 T = TypeVar("T")
 _IDENTITY_BYTES: Final = 16
 _TOKEN_BYTES: Final = 32
-
-
-class Measured(msgspec.Struct, frozen=True):
-    """What a worker used when it was last looked at."""
-
-    usage: Usage = Usage()
-    #: Percent of one CPU since the look before.
-    cpu_percent: float = 0.0
-    #: The most that any look at this life has shown.
-    peak_memory_bytes: int = 0
-    peak_threads: int = 0
-    peak_cpu_percent: float = 0.0
-
-
-class Look(NamedTuple):
-    """What a look at one worker showed."""
-
-    life: Life
-    usage: Usage
-    #: The limit that it passes, as a sentence; empty: none.
-    over: str
-    #: What holds it back has changed.
-    strained: bool
 
 
 class Node:
@@ -89,7 +51,6 @@ class Node:
     ) -> None:
         """`name`: of this daemon on this machine."""
         self.confinement, self.groups = maker
-        self.measured: dict[str, Measured] = {}
         self._name = name
         #: Children of this process that are nobody's worker, and their starter's to wait for.
         self.helpers: set[int] = set()
@@ -102,12 +63,12 @@ class Node:
         self._lives: dict[str, Life] = {}
         self._strays = Strays(self.groups, warn, self._in_thread)
         self._limits: dict[str, Limits] = {}
-        self._meters: dict[str, CpuMeter] = {}
         self._oom = OomLog()
-        self._looks = Looks()
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
         self._tasks: set[asyncio.Task[None]] = set()
         self._probes = Probes(emit, self._executor)
+        #: The regular look at what they use.
+        self.watch = Watch(self._lives, self._limits, maker, self._leaders, emit, self._in_thread)
         adopt_orphans()
 
     def open(self) -> None:
@@ -115,7 +76,7 @@ class Node:
         self._records.mkdir(mode=0o700, exist_ok=True)
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         self.groups.sweep()
-        self._spawn_task(self._watch())
+        self._spawn_task(self.watch.run())
 
     async def close(self) -> None:
         """Let go of everything; the workers live on."""
@@ -266,67 +227,6 @@ class Node:
             detail=detail,
         )
 
-    # -- looking --------------------------------------------------------------------------------------------
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(SAMPLE_S)
-            await self._in_thread(lambda: reap_orphans(self._leaders))
-            if not self.groups.exact:
-                await self._in_thread(self._kill_strays)
-            lives = [life for life in self._lives.values() if life.pid]
-            due = await self._in_thread(partial(self._looks.due, lives, self._limits))
-            for start in range(0, len(due), _LOOKED_AT_ONCE):
-                for look in await self._in_thread(partial(self._look_at, due[start : start + _LOOKED_AT_ONCE])):
-                    self._note(look)
-
-    def _kill_strays(self) -> None:
-        """Whoever became our child outlived its leader, and has shed everything by which its group could find it."""
-        for _ in range(_STRAY_ROUNDS):
-            suspects = set(children()) - self._leaders()
-            if not suspects:
-                return
-            time.sleep(_KNOWN_WITHIN_S)
-            for pid in suspects - self._leaders():
-                signal_process(pid, signal.SIGKILL)
-            reap_orphans(self._leaders)
-
-    def _leaders(self) -> set[int]:
-        return self.helpers | {self.logs.pid} | {life.pid for life in list(self._lives.values())}
-
-    def _look_at(self, due: list[Due]) -> list[Look]:
-        """One thread's work for several workers: handing it over costs more than looking at one that is idle."""
-        looks = []
-        for life, members in due:
-            usage = sample(life.group.members() if members is None else members)
-            limits = self._limits[life.worker]
-            over = self.confinement.over_limit(limits, usage)
-            if over:
-                # Cheap figures may count shared pages twice: look closely before anything is killed.
-                over = self.confinement.over_limit(limits, sample(life.group.members(), exact=True))
-            looks_on = may_strain(limits) or bool(life.strain.why)
-            strained = looks_on and life.strain.update(life.group.counters(), limits, time.monotonic())
-            looks.append(Look(life, usage, over, strained))
-        return looks
-
-    def _note(self, look: Look) -> None:
-        life = look.life
-        if self._lives.get(life.worker) is not life:
-            return  # it ended meanwhile
-        meter, before = self._meters.setdefault(life.worker, CpuMeter()), self.measured.get(life.worker, Measured())
-        cpu_percent = meter.update(look.usage, time.monotonic())
-        self.measured[life.worker] = Measured(
-            look.usage,
-            cpu_percent,
-            max(before.peak_memory_bytes, look.usage.memory_bytes),
-            max(before.peak_threads, look.usage.threads),
-            max(before.peak_cpu_percent, cpu_percent),
-        )
-        if look.strained:
-            self._emit(on.Strained(life.worker, life.incarnation, life.strain.why))
-        if look.over:
-            self._emit(on.OverLimit(life.worker, life.incarnation, look.over))
-
     # -- lives ----------------------------------------------------------------------------------------------
 
     def _mark(self, worker: str, incarnation: int) -> str:
@@ -340,7 +240,7 @@ class Node:
     def _keep(self, life: Life) -> Life:
         self._lives[life.worker] = life
         if not self.groups.exact:
-            life.end_orphans = self._kill_strays
+            life.end_orphans = self.watch.kill_strays
         life.on_empty = lambda: self._gone(life)
         life.warn = self._warn
         return life
@@ -349,8 +249,11 @@ class Node:
         self._probes.end(life.worker)
         if self._lives.get(life.worker) is life:
             del self._lives[life.worker]
-            self.measured.pop(life.worker, None)
-            self._meters.pop(life.worker, None)
+            self.watch.forget(life.worker)
+
+    def _leaders(self) -> set[int]:
+        """The children of this process that somebody waits for."""
+        return self.helpers | {self.logs.pid} | {life.pid for life in list(self._lives.values())}
 
     def _current(self, worker: str, incarnation: int) -> Life | None:
         life = self._lives.get(worker)

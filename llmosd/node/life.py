@@ -29,8 +29,8 @@ from llmosd.launch.gate import FIRST_GRANT, FORBIDDEN, HOPELESS, ISOLATION, Gate
 from llmosd.launch.reap import ended, reap
 from llmosd.node import records
 from llmosd.node.groups import Group
-from llmosd.node.logwriter import Output
 from llmosd.node.oomlog import OomLog
+from llmosd.node.output import Output
 from llmosd.node.records import Record
 from llmosd.node.strain import Strain, out_of_memory
 

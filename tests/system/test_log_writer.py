@@ -18,7 +18,8 @@ import pytest
 from machine import DEADLINE_S, wait_for
 
 from llmosd.node import logwriter
-from llmosd.node.logwriter import LogWriter, Output
+from llmosd.node.logwriter import LogWriter
+from llmosd.node.output import Output
 
 #: Prints what it is told to, on and on; a pipe without a reader would end it.
 PARROT = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"

@@ -16,12 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-import zmq
-
-from llmos.protocol import frames as f
 from llmosd import __version__, notify, upgrade
-from llmosd.bus.clients import ClientProcesses
-from llmosd.bus.router import Router
+from llmosd.bus.bus import Bus
 from llmosd.control.eventlog import EventLog
 from llmosd.control.machine import About
 from llmosd.control.server import ControlServer
@@ -71,7 +67,6 @@ class Daemon:
         self._directories = directories
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._resuming = False
         self._down = asyncio.Event()
         self._ending: asyncio.Future[End] = self._loop.create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -113,27 +108,16 @@ class Daemon:
             daemon_name(directories.runtime), maker, directories.runtime, logs, self.feed, self._warn, programs.program,
         )  # fmt: skip
         self._isolation = IsolationCheck(directories, self._isolator, self.node.helpers)
-        self._clients = ClientProcesses(lambda peer, why: self.feed(on.ClientLost(peer, why)))
-        self._context = zmq.Context()
-        self._front = Router(
-            self._context, directories.front, f.CLIENT_TO_DAEMON, s.body_max,
-            lambda peer, message: self.feed(on.ClientSaid(peer, message)),
-            on_unreachable=lambda peer: self.feed(on.ClientUnreachable(peer)),
-            on_new_peer=lambda peer, uid, pid: self.feed(on.ClientIdentified(peer, uid, pid)),
-            fd=self._front_socket.duplicate(),
-        )  # fmt: skip
-        self._back = Router(
-            self._context, directories.back, f.WORKER_TO_DAEMON, s.answer_max,
-            lambda peer, message: self.feed(on.WorkerSaid(peer, message)),
-            on_unreachable=lambda peer: None,  # its pidfd tells when it is gone; its HELLO when it is back
-            fd=self._back_socket.duplicate(),
+        self._bus = Bus(
+            directories.front, directories.back, self._front_socket.duplicate(), self._back_socket.duplicate(),
+            settings.scheduler.body_max, settings.scheduler.answer_max, self.feed,
         )  # fmt: skip
         self.machine = LocalMachine(
             self.kernel, self.node, self.feed, self.events, self._about(), ModelDirectory(directories.models),
             directories.state / "limits", self._isolation, self.upgrade,
         )  # fmt: skip
         self.machine.counts += [
-            lambda: dict(self._front.counts + self._back.counts),
+            self._bus.counts,
             lambda: {"faults": self._kernel_loop.faults},
             self.node.logs.counts,
         ]
@@ -164,8 +148,7 @@ class Daemon:
         inventory = await asyncio.to_thread(take_inventory)
         self.feed(on.Counted(inventory.capacity(int(self._settings.node.reserve_memory))))
         # Not before: a client that comes back would be told that its model does not exist.
-        self._back.serve()
-        self._front.serve()
+        self._bus.serve()
         await self._control.start()
         self._loop.add_signal_handler(signal.SIGTERM, lambda: self._spawn_task(self._terminated()))
         self._loop.add_signal_handler(signal.SIGINT, self.end, End.STOP)
@@ -222,10 +205,7 @@ class Daemon:
             task.cancel()
         self._kernel_loop.close()
         await self.node.close()
-        self._clients.close()
-        self._front.close()
-        self._back.close()
-        self._context.term()
+        self._bus.close()
         if keep:
             http = self._http.fileno() if self._http is not None and self._http.is_open else -1
             front, back = self._front_socket.fileno(), self._back_socket.fileno()
@@ -239,8 +219,8 @@ class Daemon:
 
     def _carriers(self) -> dict[type[do.Effect], Callable[[Any], None]]:
         return {
-            do.ToClient: self._to_client,
-            do.ToWorker: self._to_worker,
+            do.ToClient: self._bus.to_client,
+            do.ToWorker: self._bus.to_worker,
             do.Spawn: self.node.spawn,
             do.Signal: self.node.signal,
             do.NoteDraining: self.node.note_draining,
@@ -248,32 +228,13 @@ class Daemon:
             do.Freeze: self.node.freeze,
             do.Probe: self.node.probe,
             do.Confine: self.node.confine,
-            do.WatchClient: lambda effect: self._clients.watch(effect.peer, effect.pid),
-            do.UnwatchClient: lambda effect: self._front.forget(effect.peer),
+            do.WatchClient: self._bus.watch_client,
+            do.UnwatchClient: self._bus.unwatch_client,
             do.KeepHeld: self._keep_held,
             do.Replied: self.machine.replied,
             do.Happened: self._happened,
             do.AllDown: lambda effect: self._down.set(),
         }
-
-    def _to_client(self, effect: do.ToClient) -> None:
-        self._front.send(effect)
-        self._resume_soon()
-
-    def _to_worker(self, effect: do.ToWorker) -> None:
-        self._back.send(effect)
-        self._resume_soon()
-
-    def _resume_soon(self) -> None:
-        """Look for messages whose wake-up a send has eaten: once for all that this iteration of the loop sends."""
-        if not self._resuming:
-            self._resuming = True
-            self._loop.call_soon(self._resume)
-
-    def _resume(self) -> None:
-        self._resuming = False
-        self._front.resume()
-        self._back.resume()
 
     def _keep_held(self, effect: do.KeepHeld) -> None:
         try:

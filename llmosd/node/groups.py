@@ -92,6 +92,9 @@ class Groups(Protocol):
     def unknown(self, known: set[str]) -> list[tuple[str, Group]]:
         """Groups of this daemon's that are there, by their mark, without those that are `known`."""
 
+    def set_apart(self, name: str, pid: int) -> None:
+        """Put a process of the daemon's own where it is not taken for a part of it: it outlives it. Raises OSError."""
+
     def sweep(self) -> None:
         """Remove what an earlier daemon left empty: a crash between making a group and recording it does that."""
 

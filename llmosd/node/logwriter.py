@@ -47,6 +47,8 @@ class LogWriter:
         #: Those whose pipes the log writer must read.
         self.outputs: set[Output] = set()
         self.pid = 0
+        #: Puts the process of this number where it may outlive the daemon. Blocks, raises OSError.
+        self.set_apart: Callable[[int], None] = lambda pid: None
         self._path = socket_path
         self._max_bytes = max_bytes
         self._to_journal = to_journal
@@ -229,6 +231,10 @@ class LogWriter:
             gate = Gate.spawn(stdin=null, stdout=null, stderr=null, grants=grants)
             self._watch(gate.pid, gate.pidfd)
             argv = (sys.executable, "-I", "-S", writer.__file__, str(_LISTENER_FD), str(self._path), str(self._journal))
+            try:
+                await asyncio.to_thread(self.set_apart, gate.pid)
+            except OSError as error:
+                self._warn(f"the log writer stays in the daemon's own group: {error}")
             await gate.go(Order(argv=argv, env={}, cwd="/", umask=0o027, keep_fds=(_LISTENER_FD,)))
         except SetUpError as error:
             raise OSError(error.errno, f"cannot start the log writer: {error.step}: {error}") from None

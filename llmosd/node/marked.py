@@ -123,6 +123,9 @@ class MarkedGroups:
                     leaders[mark] = min(leaders.get(mark, (ticks, pid)), (ticks, pid))
         return [(mark, MarkedGroup(pid, ticks, mark)) for mark, (ticks, pid) in leaders.items()]
 
+    def set_apart(self, name: str, pid: int) -> None:
+        """Nobody here ends what is in the daemon's own cgroup."""
+
     def sweep(self) -> None:
         """Nothing is left of them."""
 

@@ -57,6 +57,7 @@ class Node:
         self._records = runtime / "workers"
         self._scratch = runtime / "scratch"
         self.logs = logs
+        logs.set_apart = lambda pid: self.groups.set_apart("log-writer", pid)
         self._emit = emit
         self._warn = warn
         self._program = program

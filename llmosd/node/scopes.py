@@ -113,8 +113,19 @@ class ScopeGroups:
         self._name = name
 
     def new(self, worker: str, incarnation: int, mark: str, limits: Limits) -> Group:
+        begins_with = self._begins_with(f"llmosd worker {worker}")
+        asked = {name for name in self._held if getattr(limits, name) is not None}
+        begins_with |= properties_of(limits, asked)
+        return ScopeGroup(self._manager, unit_name(worker, incarnation), Path(), begins_with, self._held)
+
+    def set_apart(self, name: str, pid: int) -> None:
+        # In the service's own cgroup systemd takes it for left over from an unclean end.
+        unit = f"llmos-{name}-{pid}.scope"
+        self._manager.in_loop(self._manager.start_scope(unit, pid, self._begins_with(f"llmosd {name}")))
+
+    def _begins_with(self, description: str) -> Properties:
         begins_with: Properties = {
-            "Description": Variant("s", f"llmosd worker {worker}"),
+            "Description": Variant("s", description),
             "Slice": Variant("s", SLICE),
             # A scope whose processes are gone is forgotten, however they ended.
             "CollectMode": Variant("s", "inactive-or-failed"),
@@ -126,9 +137,7 @@ class ScopeGroups:
             begins_with["Before"] = Variant("as", [self._daemon])
         if self._manager.version >= _OOM_POLICY_SINCE:
             begins_with["OOMPolicy"] = Variant("s", "continue")
-        asked = {name for name in self._held if getattr(limits, name) is not None}
-        begins_with |= properties_of(limits, asked)
-        return ScopeGroup(self._manager, unit_name(worker, incarnation), Path(), begins_with, self._held)
+        return begins_with
 
     def known(self, record: Record, mark: str) -> Group:
         if not record.cgroup:

@@ -69,9 +69,11 @@ def outcome(cell: Cell) -> Outcome:
         # It was about to be ended to start anew; the file that says so was not kept.
         changing = Outcome({"ready", "stopped"}, {NOTHING, CLEAN, UNKNOWN})
         return changing if state == "ready" else Outcome({ABSENT}, {NOTHING})
-    if failpoint == "empty.forgotten" or failpoint in ("spawn.gated", "spawn.grouped"):
-        # There is, or was, no process, and no record of one.
-        return Outcome({ABSENT}, {NOTHING})
+    if failpoint == "empty.forgotten" and (operation == "stop" or state == "draining"):
+        return Outcome({"stopped"}, {NOTHING})  # held: that is on file
+    if failpoint in ("empty.forgotten", "spawn.gated", "spawn.grouped"):
+        # There is, or was, no process, and no record of one. A request that comes back has one started.
+        return Outcome({"ready", ABSENT} if state == "busy" else {ABSENT}, {NOTHING})
     if operation in ("restart", "upgrade") or (operation, failpoint) == ("kill", "kill.before"):
         return lives
     if state == "held":

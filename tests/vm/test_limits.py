@@ -86,6 +86,7 @@ def test_each_worker_is_a_scope_in_the_slice_and_systemctl_shows_it(service: Ser
     assert service.property("Description", unit) == "llmosd worker sim@1"
     assert service.property("ActiveState", unit) == "active"
     shown = service.guest.out("systemctl status llmos.slice --no-pager --lines=0")
+    assert "llmos-log-writer-" in shown
     assert unit in shown and str(pid) in shown
     assert service.property("TasksMax", unit) == "infinity"
 
@@ -195,7 +196,8 @@ def test_a_restart_of_the_service_leaves_the_workers_and_a_stop_ends_them(servic
     service.run("test -e /run/llmosd/scratch/sim@1/kept")
     service.run(f"systemctl stop llmosd.socket llmosd-front.socket llmosd-back.socket {UNIT}")
     assert service.processes() == []
-    assert service.guest.out("systemctl list-units --no-legend --all 'llmos-*.scope'") == ""
+    left = "systemctl list-units --no-legend --all 'llmos-*.scope'"
+    service.guest.wait("end of all scopes, the log writer's too", f'[ -z "$({left})" ]')
 
 
 def test_frozen_workers_stay_frozen_over_a_restart(service: Service) -> None:

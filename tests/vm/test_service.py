@@ -37,7 +37,7 @@ def test_a_client_that_connects_during_a_restart_waits_and_is_answered(service: 
     before = service.main_pid()
     answer = service.guest.out(f"systemctl --no-block restart {UNIT}; {CURL}")
     assert json.loads(answer)["usage"]["completion_tokens"] == 3
-    assert service.main_pid() != before
+    assert service.wait_replaced(before) != before
 
 
 def test_a_killed_daemon_is_replaced_and_the_next_one_adopts_its_workers(service: Service) -> None:

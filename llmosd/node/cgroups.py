@@ -66,7 +66,7 @@ class CgroupGroup:
         self.cgroup = str(path)
 
     def enter(self, pid: int) -> None:
-        self._path.mkdir(exist_ok=True)
+        self._path.mkdir(parents=True, exist_ok=True)
         for name in self._held:
             if self._limits is not None and (value := getattr(self._limits, name)) is not None:
                 (self._path / KNOBS[name].file).write_text(KNOBS[name].write(value))

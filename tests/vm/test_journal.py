@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from service import MODELS, UNIT, Service
+from service import MODELS, Service
 
 pytestmark = pytest.mark.timeout(600)  # emulated, and the first test boots the machine
 
@@ -43,7 +43,7 @@ def test_what_a_worker_prints_is_in_the_journal_with_its_fields(chatty: Service)
     assert said[1]["MESSAGE"] == "good morning"
     assert {entry["LLMOS_MODEL"] for entry in said} == {"chatty"}
     assert {entry["PRIORITY"] for entry in said} == {"6"}
-    assert {entry["_SYSTEMD_UNIT"] for entry in said} == {UNIT}
+    assert all(entry["_SYSTEMD_UNIT"].startswith("llmos-log-writer-") for entry in said)
 
 
 def test_what_a_host_says_and_what_the_daemon_says_of_a_worker_have_the_same_fields(service: Service) -> None:

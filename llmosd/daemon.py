@@ -30,7 +30,7 @@ from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.kernel import Kernel
 from llmosd.kernel.params import Params
-from llmosd.listen import BusSocket, HttpSocket
+from llmosd.listen import BusSocket, HttpSocket, http_socket
 from llmosd.loop import KernelLoop
 from llmosd.machine import LocalMachine
 from llmosd.modelfile import ModelDirectory
@@ -41,7 +41,7 @@ from llmosd.node.node import Node
 from llmosd.programs import GATEWAY, Programs, gateway_spec
 from llmosd.runtime import daemon_name, ticket_key
 from llmosd.settings import Directories, Settings
-from llmosd.upgrade import Kept, hold_signals, let_signals_through
+from llmosd.upgrade import SIGNALS, Kept, hold_signals, let_signals_through
 
 log = logging.getLogger("llmosd")
 
@@ -68,7 +68,8 @@ class Daemon:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._down = asyncio.Event()
-        self._ending: asyncio.Future[End] = self._loop.create_future()
+        self._ending = asyncio.Event()
+        self._how = End.STOP
         self._tasks: set[asyncio.Task[Any]] = set()
         self._held = HeldFile(directories.runtime / "held.json")
         now = time.monotonic()
@@ -91,9 +92,10 @@ class Daemon:
         passed = notify.passed_sockets()
         kept = kept or Kept(
             http=passed.get("http", -1), front=passed.get("front", -1), back=passed.get("back", -1),
-            systemds="front" in passed,
+            systemds="front" in passed, http_systemds="http" in passed,
         )  # fmt: skip
-        self._http = HttpSocket(settings.gateway.listen, kept.http) if settings.gateway.enabled else None
+        self._kept = kept
+        self._http = http_socket(settings.gateway.enabled, settings.gateway.listen, kept)
         runtime = directories.runtime
         self._front_socket = BusSocket(runtime / "front.sock", kept.front, systemds=kept.systemds)
         self._back_socket = BusSocket(runtime / "back.sock", kept.back, systemds=kept.systemds)
@@ -153,7 +155,7 @@ class Daemon:
         self._loop.add_signal_handler(signal.SIGTERM, lambda: self._spawn_task(self._terminated()))
         self._loop.add_signal_handler(signal.SIGINT, self.end, End.STOP)
         self._loop.add_signal_handler(signal.SIGHUP, self._reload)
-        let_signals_through()
+        let_signals_through(self._kept)
         notify.notify(f"READY=1\nSTATUS=serving {len(self.kernel.models())} models")
         if (every := notify.watchdog_s()) is not None:
             self._spawn_task(self._sign_of_life(every))
@@ -161,7 +163,8 @@ class Daemon:
 
     async def run(self) -> End:
         """Serve until `end`. To stop is to end every worker in order, within the time that the settings allow."""
-        end = await self._ending
+        await self._ending.wait()
+        end = self._how
         if end is End.UPGRADE:
             notify.notify(_reloading() + "\nSTATUS=upgrading")
             log.info("upgrading: the program is replaced")
@@ -180,8 +183,9 @@ class Daemon:
         return end
 
     def end(self, how: End) -> None:
-        if not self._ending.done():
-            self._ending.set_result(how)
+        if not self._ending.is_set() or self._how is End.UPGRADE:  # whoever wants it gone wants no new program
+            self._how = how
+            self._ending.set()
 
     async def _terminated(self) -> None:
         """SIGTERM. systemd sends it to stop the service for good, and also to start it anew, as an update of a library
@@ -199,6 +203,8 @@ class Daemon:
     async def close(self, *, keep: bool = False) -> Kept:
         """Let go of everything that is open, but for what to `keep` for this process's next program."""
         if keep:
+            for number in SIGNALS:
+                self._loop.remove_signal_handler(number)
             hold_signals()
         await self._control.stop(_CONTROL_GRACE_S)
         for task in self._tasks:
@@ -209,7 +215,10 @@ class Daemon:
         if keep:
             http = self._http.fileno() if self._http is not None and self._http.is_open else -1
             front, back = self._front_socket.fileno(), self._back_socket.fileno()
-            return Kept(http=http, front=front, back=back, systemds=not self._front_socket.is_ours)
+            return Kept(
+                http=http, front=front, back=back, systemds=not self._front_socket.is_ours,
+                http_systemds=self._kept.http_systemds, listen=self._settings.gateway.listen,
+            )  # fmt: skip
         for one in (self._http, self._front_socket, self._back_socket):
             if one is not None:
                 one.close()

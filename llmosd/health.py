@@ -8,6 +8,7 @@ line counts. What was stopped for a while (a frozen worker, a machine that slept
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import math
 import os
@@ -26,6 +27,8 @@ from llmosd.kernel.units import Seconds
 #: An answer's status stands in its first bytes. The rest is taken in only so that whoever sends it meets no reset.
 _ANSWER_MAX: Final = 4096
 _REST_S: Final = 0.1
+#: Errors that are no answer of anybody's.
+_OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})")
 #: An asker's patience is counted in spans of this: to be stopped for an hour costs one of them.
 _SPAN_S: Final = 0.25
@@ -71,8 +74,15 @@ def is_of_this_machine(host: str) -> bool:
         return False  # a name: whoever answers for it may change it
 
 
+class CannotAsk(OSError):  # noqa: N818  # an answer, not a fault
+    """It is us who lack something, such as descriptors: that says nothing of the one who would be asked."""
+
+
 async def get(asked: Target) -> str:
-    """Why a GET is not answered with 2xx, or "". Waits for as long as it takes: whoever awaits it has the deadline."""
+    """Why a GET is not answered with 2xx, or "". Waits for as long as it takes: whoever awaits it has the deadline.
+
+    Raises CannotAsk.
+    """
     refusal = ""
     for address in asked.addresses:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -82,6 +92,8 @@ async def get(asked: Target) -> str:
                 await asyncio.get_running_loop().sock_connect(connection, (address, asked.port))
                 return await _status(connection, asked)
         except OSError as error:
+            if error.errno in _OURS:
+                raise CannotAsk(error.errno, os.strerror(error.errno)) from None
             # Not `strerror`: uvloop has its own words there, with the address once more.
             cause = os.strerror(error.errno) if error.errno else str(error)
             refusal = refusal or f"no answer on {asked.url}: {cause}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llmosd.health import target
 from llmosd.notify import listen_tcp
+from llmosd.upgrade import Kept
 
 #: Connections that may wait to be accepted; the kernel's own bound (net.core.somaxconn) is 4096 at most.
 _BACKLOG = 1024
@@ -24,11 +25,11 @@ class HttpSocket:
     that one opens its own only when it has a gateway to start.
     """
 
-    def __init__(self, address: str, fd: int = -1) -> None:
-        """`address`: ``host:port``. `fd`: a socket that listens already."""
+    def __init__(self, address: str, fd: int = -1, *, systemds: bool = False) -> None:
+        """`address`: ``host:port``. `fd`: a socket that listens already; `systemds`: wherever systemd was told to."""
         self._address = address
-        self._passed = fd >= 0
-        self._socket = socket.socket(fileno=fd) if self._passed else None
+        self._passed = systemds
+        self._socket = socket.socket(fileno=fd) if fd >= 0 else None
 
     @property
     def is_open(self) -> bool:
@@ -75,6 +76,15 @@ class HttpSocket:
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
+
+
+def http_socket(enabled: bool, address: str, kept: Kept) -> HttpSocket | None:
+    """The gateway's socket, if there is to be a gateway. One that was kept and is of no use is closed: whoever connects
+    to it would wait for ever."""
+    fits = enabled and (kept.http_systemds or kept.listen == address)
+    if kept.http >= 0 and not fits:
+        os.close(kept.http)
+    return HttpSocket(address, kept.http if fits else -1, systemds=kept.http_systemds) if enabled else None
 
 
 class BusSocket:

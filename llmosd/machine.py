@@ -63,6 +63,8 @@ class LocalMachine:
         self._upgrade = upgrade
         self._isolation = isolation
         self._files: dict[str, Path] = {}
+        #: Held while models change: who reads all files must not undo what is applied meanwhile.
+        self._changing = asyncio.Lock()
         self._calls: dict[int, asyncio.Future[do.Replied]] = {}
         self._call = 0
         self._started = time.monotonic()
@@ -106,6 +108,10 @@ class LocalMachine:
     # -- models ---------------------------------------------------------------------------------------------
 
     async def apply(self, text: str, file_name: str) -> do.Replied:
+        async with self._changing:
+            return await self._apply(text, file_name)
+
+    async def _apply(self, text: str, file_name: str) -> do.Replied:
         try:
             spec = await asyncio.to_thread(parse, text, file_name)
         except DeclarationError as error:
@@ -127,6 +133,10 @@ class LocalMachine:
         return msgspec.structs.replace(replied, message=f"model {spec.model} applied")
 
     async def remove(self, model: str) -> do.Replied:
+        async with self._changing:
+            return await self._remove(model)
+
+    async def _remove(self, model: str) -> do.Replied:
         name = self.kernel.fleet.names.get(model, model)
         if name == GATEWAY:
             raise Refused("refused", "the gateway is switched off in llmosd.toml: [gateway] enabled = false")
@@ -140,6 +150,10 @@ class LocalMachine:
         return msgspec.structs.replace(replied, message=f"model {name} removed")
 
     async def reload(self) -> tuple[list[str], list[str], list[str]]:
+        async with self._changing:
+            return await self._reload()
+
+    async def _reload(self) -> tuple[list[str], list[str], list[str]]:
         models, refused = await asyncio.to_thread(self._models.read_all)
         applied: list[str] = []
         removed: list[str] = []
@@ -193,8 +207,8 @@ class LocalMachine:
         except CannotIsolate as error:
             raise Refused("refused", str(error)) from None
 
-    def enforcement(self, limit: str) -> str:
-        return self.node.confinement.enforcement(limit)
+    def enforcement(self, limit: str, worker: str = "") -> str:
+        return self.node.confinement_of(worker).enforcement(limit)
 
     def keep_limits(self, model: str, changes: Mapping[str, object]) -> None:
         """Only what an operator changed: for the rest the model's file counts, and what is edited there."""
@@ -245,7 +259,7 @@ class LocalMachine:
         counted = await self.node.counters(worker)
         measured = self.node.watch.measured.get(worker, Measured())
         view = next((view for view in self.kernel.workers() if view.name == worker), None)
-        return figures.gauges(counted, measured, self.enforcement, view)
+        return figures.gauges(counted, measured, self.node.confinement_of(worker).enforcement, view)
 
     def log_file(self, worker: str) -> Path:
         return self.node.logs.log_file(worker)

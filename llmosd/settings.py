@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -108,6 +109,13 @@ class Directories(msgspec.Struct, frozen=True):
             path.mkdir(mode=mode, parents=True, exist_ok=True)
         self.models.mkdir(mode=0o755, exist_ok=True)
         self.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self.runtime.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+            # In /tmp anybody may have made it before us, to give us orders through it.
+            raise DeclarationError(
+                f"the runtime directory {self.runtime} is not ours alone: it must be a directory of this user's that "
+                "others cannot write to. Remove it, or use another one (--runtime-dir)."
+            )
         (self.state / "models").mkdir(mode=0o755, exist_ok=True)
 
 

@@ -32,8 +32,13 @@ class Kept(msgspec.Struct, frozen=True):
     http: int = -1
     front: int = -1
     back: int = -1
-    #: The bus's sockets are systemd's.
+    #: The bus's sockets are systemd's; and so is the HTTP one.
     systemds: bool = False
+    http_systemds: bool = False
+    #: The address that the HTTP one was opened for, as the settings had it.
+    listen: str = ""
+    #: Signals that came while there was nobody to handle them.
+    signals: tuple[int, ...] = ()
 
 
 class NotUpgraded(Exception):  # noqa: N818  # an answer, not a fault
@@ -70,13 +75,21 @@ def check(known: set[int]) -> str:
         raise NotUpgraded(f"{' '.join(command)} does not print its settings: it is no llmosd") from None
 
 
+_came: Final[list[int]] = []
+
+
 def hold_signals() -> None:
-    """From here on signals wait: for the new program, which lets them through once it handles them."""
+    """From here on signals wait for the new program, which is told of them: another thread's mask lets them in."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: _came.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
-def let_signals_through() -> None:
+def let_signals_through(kept: Kept) -> None:
+    """Now that they are handled, those that came meanwhile come again."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number in kept.signals:
+        os.kill(os.getpid(), number)
 
 
 def replace(kept: Kept) -> NoReturn:
@@ -85,6 +98,7 @@ def replace(kept: Kept) -> NoReturn:
         os.set_inheritable(fd, True)
     restore_open_files()
     command = _command()
+    kept = msgspec.structs.replace(kept, signals=tuple(_came))
     os.execve(command[0], command, {**os.environ, VARIABLE: msgspec.json.encode(kept).decode()})
 
 

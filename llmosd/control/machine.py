@@ -114,7 +114,8 @@ class Machine(Protocol):
     async def gauges(self, worker: str) -> dict[str, Gauge]:
         """What of a worker's limits is used, by limit, measured as whoever enforces it does."""
 
-    def enforcement(self, limit: str) -> str: ...
+    def enforcement(self, limit: str, worker: str = "") -> str:
+        """Who sees to a limit of a worker, or of one to come."""
 
     def check_limits(self, limits: Limits) -> None:
         """Raises Refused for a limit that this machine can neither enforce nor watch."""

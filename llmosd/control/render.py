@@ -123,7 +123,7 @@ def limits(
     rows = []
     for field in msgspec.structs.fields(Limits):
         name = field.name
-        by = "llmosd" if name in KERNEL_LIMITS else machine.enforcement(name)
+        by = "llmosd" if name in KERNEL_LIMITS else machine.enforcement(name, view.name if view is not None else "")
         in_force = getattr(view.limits, name) if view is not None and view.pid else None
         rows.append(
             pb.Limit(

@@ -19,6 +19,8 @@ import msgspec
 
 from llmosd.kernel.units import CpuSet
 
+#: Choices that are tried at most where CPUs must be left to others: the search could take for ever.
+_BRANCHES: Final = 500
 #: Groups of NUMA nodes that are compared where one node is not enough; the fullest nodes come first.
 _GROUPS_COMPARED: Final = 64
 
@@ -142,16 +144,37 @@ def _take(topology: Topology, count: int, free: Cpus, held: Cpus) -> Cpus:
 def _choose_sparing(
     topology: Topology, count: int, free: Cpus, spared: Sequence[Cpus], held: Cpus = frozenset()
 ) -> Cpus | None:
-    """As `choose`, but of each set in `spared` at least one CPU is left. Finds a choice if there is one."""
+    """As `choose`, but of each set in `spared` at least one CPU is left. None: there is none, or none was found in
+    _BRANCHES steps; such sets are a few workers' `allowed_cpus`."""
+    return _spare(topology, count, free, spared, held, [_BRANCHES])
+
+
+def _spare(
+    topology: Topology, count: int, free: Cpus, spared: Sequence[Cpus], held: Cpus, steps: list[int]
+) -> Cpus | None:
+    if steps[0] == 0 or _disjoint(spared, free) > len(free) - count:
+        return None
+    steps[0] -= 1
     chosen = choose(topology, count, free, held)
     hurt = next((group for group in spared if chosen is not None and group <= chosen), None)
     if hurt is None:
         return chosen
     for cpu in sorted(hurt, key=lambda cpu: (-sum(cpu in group for group in spared), cpu)):
         others = [group for group in spared if cpu not in group]
-        if (found := _choose_sparing(topology, count, free - {cpu}, others, held)) is not None:
+        if (found := _spare(topology, count, free - {cpu}, others, held, steps)) is not None:
             return found
     return None
+
+
+def _disjoint(groups: Sequence[Cpus], within: Cpus) -> int:
+    """How many of the groups lie within a set and have no CPU in common, at least: so many must be left there."""
+    taken: set[int] = set()
+    count = 0
+    for group in sorted(groups, key=len):
+        if group <= within and not group & taken:
+            taken |= group
+            count += 1
+    return count
 
 
 def place(

@@ -46,7 +46,9 @@ class Demand:
     def _start_wanted(self, model: Model, outstanding: int, now: float) -> None:
         scale, dependencies = model.spec.scale, self._fleet.dependencies
         filled = math.ceil(outstanding / max(1, model.spec.limits.slots))
-        desired = max(scale.min, min(scale.max, max(filled, dependencies.kept(model))))
+        asked = sum(worker.asked and worker.state is State.STOPPED for worker in model.workers.values())
+        wanted = max(filled, dependencies.kept(model), asked and kept(model) + asked)
+        desired = max(scale.min, min(scale.max, wanted))
         for waiting in [worker for worker in model.workers.values() if worker.state is State.WAITING]:
             model.why = self.start(waiting, now)
         for _ in range(desired - kept(model)):
@@ -68,6 +70,7 @@ class Demand:
         if lack is None:
             refusal = fleet.start(worker, now)
         elif lack.hopeless:
+            worker.asked = False
             fleet.give_up(worker, now, lack.why)
             return lack.why
         elif not (refusal := self._no_room_for_all(model)):
@@ -93,11 +96,12 @@ class Demand:
         """Why a worker does not fit together with those that must be started before it, or "".
 
         What is required is started only if there is room for who requires it too, were all idle ones gone: it would
-        else take the room of others and serve nobody.
+        else take the room of others and serve nobody. Two that do not fit beside each other would take turns in ending
+        what the other has just had started; so what one stands on that only lacks resources does not count as idle.
         """
         fleet = self._fleet
         trial = fleet.ledger.copy()
-        for worker in (*self._leaving(), *self._evictable(model, fleet.dependencies.kept)):
+        for worker in (*self._leaving(), *self._evictable(model, fleet.dependencies.stood_on)):
             trial.release(worker.name)
         down = [name for name in sorted(fleet.dependencies.below(model)) if not kept(fleet.models[name])]
         for name in (*down, model.spec.model):
@@ -132,13 +136,11 @@ class Demand:
 
     def _startable(self, model: Model, demanded: bool, now: float) -> Worker | None:
         awaited = not demanded and self._fleet.dependencies.awaited(model)
-        for worker in model.workers.values():
+        for worker in sorted(model.workers.values(), key=lambda worker: not worker.asked):
             fresh = demanded or not worker.rested or (awaited and not worn_out(worker, now))
             if worker.state is State.STOPPED and not worker.held and fresh:
                 return worker
-        if len(model.workers) >= max(model.spec.scale.max, model.spec.scale.min):
-            return None
-        return self._fleet.add(model)
+        return self._fleet.add(model) if model.has_room() else None
 
 
 def kept(model: Model) -> int:

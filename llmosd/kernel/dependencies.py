@@ -112,6 +112,11 @@ class Dependencies:
         """Whether one that requires it has a worker that is up or on its way: then nobody's need makes it go."""
         return any(w.state in UP or w.state in COMING for user in self.users(model) for w in user.workers.values())
 
+    def stood_on(self, model: Model) -> bool:
+        """Whether it is kept, or one that requires it has all that it requires, and only lacks resources."""
+        users = self.users(model)
+        return self.kept(model) or any(user.spec.model in self._short and self.lack(user) is None for user in users)
+
     def awaited(self, model: Model) -> bool:
         """Whether a worker of another is started as soon as it is ready."""
         return any(w.state is State.WAITING for user in self.users(model) for w in user.workers.values())
@@ -124,7 +129,7 @@ class Dependencies:
 
     def hopeless(self, model: Model, now: float) -> Hopeless | None:
         """Why no worker of a model will ever be ready without somebody's help, or None."""
-        name, spec = model.spec.model, model.spec
+        name = model.spec.model
         if model.removed:
             return Hopeless(f"model {name}", "was removed")
         if model.held:
@@ -133,7 +138,7 @@ class Dependencies:
         if any(worker.state in _HOPE and not (worker.held and worker.state in _ENDING) for worker in workers):
             return None
         startable = [w for w in workers if w.state in (State.STOPPED, State.WAITING) and not w.held]
-        if startable or len(model.workers) < max(spec.scale.max, spec.scale.min):
+        if startable or model.has_room():
             if (lack := self.lack(model)) is not None and lack.hopeless:
                 return Hopeless(name, lack.why)
             if never := self._never_fits(model):
@@ -213,9 +218,15 @@ def worn_out(worker: Worker, now: float) -> bool:
     As in systemd, the limit is for all starts that no operator asked for. Else what ends at once would be started
     again and again for who waits for it, without any back-off.
     """
+    return worn_out_until(worker) > now
+
+
+def worn_out_until(worker: Worker) -> float:
+    """Until when that is so."""
     restart = worker.spec.restart
-    recent = sum(at > now - restart.interval for at in worker.starts)
-    return worker.rested and bool(restart.burst) and recent >= restart.burst
+    if not worker.rested or not restart.burst or len(worker.starts) < restart.burst:
+        return 0.0
+    return worker.starts[-restart.burst] + restart.interval
 
 
 def _progress(model: Model) -> str:

@@ -105,7 +105,8 @@ class Fleet:
             State.LOADING: times.load,
             State.WAKING: times.load,
             State.DRAINING: times.drain,
-            State.STOPPING: times.stop,
+            # Ended before it began: the process is to come, and then to go.
+            State.STOPPING: times.stop if worker.peer else SPAWN_S,
             State.UNKILLABLE: self.params.unkillable_retry,
         }.get(state)
         if span is None:
@@ -146,7 +147,7 @@ class Fleet:
             worker.killed = True
             out.append(do.KillGroup(name, life))
             retry = self.params.unkillable_retry if worker.state is State.UNKILLABLE else self.params.kill_timeout
-            self._timers.set(("state", name), now + retry)
+            self._timers.set(("state", name), now + (retry if worker.peer else SPAWN_S))
         elif action in (Action.FREEZE, Action.THAW):
             out.append(do.Freeze(name, life, action is Action.FREEZE))
         elif action in _TOLD:
@@ -185,13 +186,14 @@ class Fleet:
 
     def give_up(self, worker: Worker, now: float, why: str) -> None:
         """A worker cannot be started now: it stays as it is, and does not wait for what its model requires."""
-        worker.why = why
+        if worker.state is not State.FAILED:  # that has a cause of its own, which is not to be lost
+            worker.why = why
         if worker.state is State.WAITING:
             self.fire(worker, Trigger.STOP, now, why)
 
     def end(self, worker: Worker, now: float, why: str, *, at_once: bool = False, again: bool = False) -> None:
         """Somebody wants this life over; `again`: and another begun."""
-        worker.stop_wanted, worker.start_after, worker.ending = True, again, None
+        worker.stop_wanted, worker.start_after, worker.ending, worker.asked = True, again, None, False
         self._timers.cancel(("order", worker.name))
         self.fire(worker, Trigger.STOP if at_once else Trigger.DRAIN, now, why)
 
@@ -262,7 +264,7 @@ class Fleet:
     def forget(self, model: Model) -> None:
         """A removed model whose workers are all down."""
         for worker in model.workers.values():
-            for what in ("state", "silence", "idle", "order"):
+            for what in ("state", "silence", "idle", "order", "worn"):
                 self._timers.cancel((what, worker.name))
             del self.workers[worker.name]
         for name in [name for name, owner in self.names.items() if owner == model.spec.model]:

@@ -43,7 +43,8 @@ class Holds:
             if name == own:
                 model.held = True
             else:
-                (model.workers.get(name) or self._fleet.add(model, name)).held = True
+                worker = model.workers.get(name) or self._fleet.add(model, name)
+                worker.held, worker.why = True, worker.why or "stopped by an operator"
 
     def forget(self, model: Model) -> None:
         """A model is removed. If one of its name comes again, nobody has stopped it."""

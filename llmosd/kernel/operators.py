@@ -134,7 +134,8 @@ class Operators:
                 worker.failures = 0
                 worker.starts.clear()
                 refusal = self._demand.start(worker, now)
-                if refusal and worker.state is not State.WAITING:
+                worker.asked = worker.state is State.WAITING
+                if refusal and not worker.asked:
                     raise CommandError("refused", f"{worker.name} is not started: {refusal}")
             elif worker.stop_wanted:
                 worker.start_after = True

@@ -13,7 +13,8 @@ from llmos.protocol import frames as f
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.demand import Demand, spare
-from llmosd.kernel.fleet import PROBE_S, SIGTERM, Fleet, same_process
+from llmosd.kernel.dependencies import worn_out_until
+from llmosd.kernel.fleet import PROBE_S, SIGTERM, SPAWN_S, Fleet, same_process
 from llmosd.kernel.lifecycle import ALIVE, State, Trigger
 from llmosd.kernel.restart import ExitStatus
 from llmosd.kernel.spec import EXIT_CANNOT_WORK
@@ -56,8 +57,10 @@ class Supervisor:
         if worker.killed:
             # Ended before it began: what was sent then found no process.
             self._out.append(do.KillGroup(worker.name, worker.incarnation))
+            self._timers.set(("state", worker.name), now + self._fleet.params.kill_timeout)
         elif worker.state is State.STOPPING:
             self._out.append(do.Signal(worker.name, worker.incarnation, SIGTERM, stops=True))
+            self._timers.set(("state", worker.name), now + worker.spec.timeouts.stop)
         elif not worker.spec.engine.hosted:
             self._runs(worker, not worker.spec.says_ready, now)
         elif worker.state is State.STARTING:
@@ -139,6 +142,8 @@ class Supervisor:
             if event.ended is None and not spec.engine.hosted:
                 self._runs(worker, event.ready or not spec.says_ready, now)
         if event.ended is not None:
+            if event.ready:
+                worker.ready_at = worker.started_at
             self.exited(on.Exited(worker.name, worker.incarnation, event.ended, event.detail), now)
         if event.frozen and not fleet.fire(worker, Trigger.FREEZE, now, "frozen before the daemon started"):
             self._out.append(do.Freeze(worker.name, worker.incarnation, False))  # or it could not end
@@ -205,6 +210,8 @@ class Supervisor:
         fleet.fire(worker, verdict.trigger, now, verdict.why)
         if again and not fleet.models[worker.model].removed:
             self._demand.start(worker, now)
+        if (until := worn_out_until(worker)) > now:
+            self._timers.set(("worn", worker.name), until)
         fleet.touch(fleet.models[worker.model])
         fleet.touch_short()
         fleet.note_all_down()
@@ -249,6 +256,8 @@ class Supervisor:
             self._state_due(worker, now)
         elif what == "idle":
             self._idle_due(worker, now)
+        elif what == "worn":
+            self._fleet.touch_around(self._fleet.models[worker.model])
         elif what == "order":
             if worker.ending:  # whoever requires it had its time
                 why, at_once = worker.ending
@@ -266,12 +275,15 @@ class Supervisor:
                 fleet.fire(worker, Trigger.STOP, now, worker.why)
                 fleet.touch(fleet.models[worker.model])
         elif worker.state is State.STOPPING and worker.killed:
-            fleet.fire(worker, Trigger.HUNG, now, "killed and still there: a process is stuck in the kernel")
+            stuck = "killed and still there: a process is stuck in the kernel"
+            fleet.fire(worker, Trigger.HUNG, now, stuck if worker.peer else "it was never spawned, nor refused")
         elif worker.state in _COMING_UP:
             times, state = worker.spec.timeouts, worker.state
             span = times.load if state in (State.LOADING, State.WAKING) else times.start
             worker.faulted = True
             worker.failure_reason = f"no progress in {span} while {state}"
+            if not worker.peer:
+                worker.failure_reason = f"was not spawned within {SPAWN_S:g} s"
             if not worker.spec.engine.hosted and worker.why:
                 worker.failure_reason += f": {worker.why}"
             fleet.fire(worker, Trigger.TIMEOUT, now, worker.failure_reason)

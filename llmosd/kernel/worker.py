@@ -24,6 +24,7 @@ class Worker:
     """One supervised process tree. Times are the kernel's monotonic seconds."""
 
     __slots__ = (
+        "asked",
         "dispatched_at",
         "ending",
         "engine_pid",
@@ -95,6 +96,8 @@ class Worker:
         self.slots = spec.limits.slots
         #: Stopped by an operator: only an operator starts it again.
         self.held = False
+        #: An operator has started it, and it is not started yet: it is, once what it waits for is there.
+        self.asked = False
         #: Ended by itself and not to be restarted: only demand or an operator starts it again.
         self.rested = False
         #: Somebody wants this life to end.
@@ -135,7 +138,7 @@ class Worker:
         self.incarnation = incarnation
         self.pid = self.engine_pid = 0
         self.peer = self.token = b""
-        self.stop_wanted = self.start_after = self.rested = False
+        self.stop_wanted = self.start_after = self.rested = self.asked = False
         self.ending = None
         self.faulted = self.killed = self.permanent = self.unheard = False
         self.failure_reason = self.strain = ""
@@ -170,3 +173,12 @@ class Model:
         self.why = ""
         #: As it was when the model was looked at last.
         self.hopeless: Hopeless | None = None
+
+    def has_room(self) -> bool:
+        """Whether it may have another worker. A held one of a time when there could be more of them takes no place."""
+        most = max(self.spec.scale.max, self.spec.scale.min)
+        surplus = sum(
+            worker.held and worker.state is State.STOPPED and int(worker.name.rpartition("@")[2]) > most
+            for worker in self.workers.values()
+        )
+        return len(self.workers) - surplus < most

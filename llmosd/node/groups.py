@@ -45,8 +45,12 @@ def marks_of(pid: int, daemon: str) -> set[str]:
 class Group(Protocol):
     """A worker's processes."""
 
-    #: Path of the cgroup; empty where there is none.
+    #: Path of the cgroup; empty where there is none, or not yet.
     cgroup: str
+    #: The limits that it holds: others are somebody else's to see to.
+    held: frozenset[str]
+    #: No process can leave it, whatever it does.
+    exact: bool
 
     def enter(self, pid: int) -> None:
         """Put the leader in, before it runs its program, with the limits that the group holds. Raises OSError."""

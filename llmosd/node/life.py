@@ -76,7 +76,7 @@ class Life:
 
     def __init__(
         self, worker: str, incarnation: int, group: Group, directory: Path, birth: Birth,
-        emit: Callable[[on.Event], None], executor: Executor, oom: OomLog,
+        emit: Callable[[on.Event], None], executor: Executor, patient: Executor, oom: OomLog,
     ) -> None:  # fmt: skip
         self.worker = worker
         self.incarnation = incarnation
@@ -96,6 +96,7 @@ class Life:
         self._directory = directory
         self._emit = emit
         self._executor = executor
+        self._patient = patient
         self._oom = oom
         self._loop = asyncio.get_running_loop()
         self._pidfd = -1
@@ -125,7 +126,7 @@ class Life:
         self.pid, self._pidfd = gate.pid, gate.pidfd
         try:
             failpoint("spawn.gated")
-            await self._in_thread(lambda: self._register(effect))
+            await self._in_thread(lambda: self._register(effect), self._patient)
             await self.birth.output.say(f"started, pid {self.pid}")
             await gate.go(program.order)
         except (OSError, SetUpError) as error:
@@ -141,6 +142,15 @@ class Life:
         self._settled.set()
         self._loop.add_reader(self._pidfd, self._on_exit)
         self._emit(on.Spawned(self.worker, self.incarnation, self.pid, self.birth.identity, self.birth.token))
+
+    @property
+    def is_settled(self) -> bool:
+        """It runs its program, in its group."""
+        return self.pid > 0 and self._settled.is_set()
+
+    def refuse(self, event: on.SpawnFailed) -> None:
+        """There is nothing to begin with."""
+        self._fail(event)
 
     def _prepare(self, user: User | None) -> None:
         shutil.rmtree(self.birth.scratch, ignore_errors=True)
@@ -254,6 +264,12 @@ class Life:
             self._killer = self._spawn_task(self._kill())
 
     async def _kill(self) -> None:
+        if self._pidfd >= 0 and not self._settled.is_set():
+            # On its way to its program, perhaps in a file system that does not answer: its birth fails then.
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has just ended
         await self._settled.wait()
         if self.emptied.is_set():
             return  # the birth had failed
@@ -261,7 +277,7 @@ class Life:
         await self._in_thread(self.group.kill)
         failpoint("kill.sent")
         await self._exited.wait()
-        while not await self._in_thread(lambda: self.group.wait_empty(KILL_AGAIN_S)):
+        while not await self._in_thread(lambda: self.group.wait_empty(KILL_AGAIN_S), self._patient):
             await self._in_thread(self.group.kill)
         await self._in_thread(self.end_orphans)
         await self._in_thread(self.group.release)
@@ -351,8 +367,8 @@ class Life:
         finally:
             self._loop.remove_reader(fd)
 
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await self._loop.run_in_executor(self._executor, call)
+    async def _in_thread(self, call: Callable[[], T], executor: Executor | None = None) -> T:
+        return await self._loop.run_in_executor(executor or self._executor, call)
 
     def _spawn_task(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(coroutine)

@@ -30,6 +30,8 @@ class MarkedGroup:
     """A group found by ancestry, session and mark, where there is no cgroup to hold it."""
 
     cgroup = ""
+    held: frozenset[str] = frozenset()
+    exact = False
 
     def __init__(self, leader: int, leader_ticks: int, mark: str) -> None:
         """`leader_ticks`: when the leader started. Once it is gone, its number may come to mean a stranger."""

@@ -21,7 +21,7 @@ from llmosd.node import records
 from llmosd.node.confine import Confinement
 from llmosd.node.confine.choice import Maker
 from llmosd.node.counters import Counters
-from llmosd.node.groups import mark_of
+from llmosd.node.groups import Group, mark_of
 from llmosd.node.life import Birth, Life, Program
 from llmosd.node.logwriter import LogWriter
 from llmosd.node.oomlog import OomLog
@@ -66,6 +66,8 @@ class Node:
         self._limits: dict[str, Limits] = {}
         self._oom = OomLog()
         self._executor = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node")
+        #: For what may wait for systemd, or for processes to go: no kill is to stand behind it.
+        self._patient = ThreadPoolExecutor(max_workers=16, thread_name_prefix="node-waits")
         self._tasks: set[asyncio.Task[None]] = set()
         self._probes = Probes(emit, self._executor)
         #: The regular look at what they use.
@@ -88,7 +90,8 @@ class Node:
         await self.logs.close()
         self.groups.close()
         self._oom.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._executor, self._patient):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     # -- effects --------------------------------------------------------------------------------------------
 
@@ -101,16 +104,16 @@ class Node:
         birth = Birth(identity, os.urandom(_TOKEN_BYTES), mark, scratch, output, size_of(output.path))
         life = self._life(effect, birth)
         self._limits[effect.worker] = effect.limits
-        try:
-            program = self._program(effect, birth, self.confinement)
-        except (OSError, ValueError) as error:
-            self._gone(life)
-            self._emit(on.SpawnFailed(effect.worker, effect.incarnation, "prepare", str(error), permanent=True))
-            return
-        self._spawn_task(self._begin(life, effect, program))
+        self._spawn_task(self._begin(life, effect))
 
-    async def _begin(self, life: Life, effect: do.Spawn, program: Program) -> None:
+    async def _begin(self, life: Life, effect: do.Spawn) -> None:
         await self._strays.gone(effect.worker)
+        try:
+            # In a thread: a user's account, or a path that it names, may be a server's to tell.
+            program = await self._in_thread(lambda: self._program(effect, life.birth, self.confinement))
+        except (OSError, ValueError) as error:
+            life.refuse(on.SpawnFailed(effect.worker, effect.incarnation, "prepare", str(error), permanent=True))
+            return
         await life.begin(effect, program)
 
     def signal(self, effect: do.Signal) -> None:
@@ -133,6 +136,11 @@ class Node:
         if (life := self._current(effect.worker, effect.incarnation)) is not None:
             self._spawn_task(self._freeze(life, effect.frozen))
 
+    def confinement_of(self, worker: str) -> Confinement:
+        """Who sees to a worker's limits, or to those of one to come."""
+        life = self._lives.get(worker)
+        return self.confinement if life is None else self.confinement.beside(life.group.held)
+
     async def counters(self, worker: str) -> Counters:
         """What the kernel of the machine counts of a worker's group now."""
         life = self._lives.get(worker)
@@ -154,11 +162,12 @@ class Node:
 
         def apply() -> list[str]:
             pids = [life.pid, *(pid for pid in life.group.members() if pid != life.pid)]
-            return life.group.limit(limits, before) + self.confinement.apply(pids, limits, before)
+            rest = self.confinement.beside(life.group.held)
+            return life.group.limit(limits, before) + rest.apply(pids, limits, before)
 
         async with life.confining:
             await life.note(limits=limits, grant=effect.grant)
-            for sentence in await self._in_thread(apply):
+            for sentence in await asyncio.get_running_loop().run_in_executor(self._patient, apply):
                 self._warn(life.worker, sentence)
 
     # -- adoption -------------------------------------------------------------------------------------------
@@ -198,9 +207,7 @@ class Node:
             return None
         failpoint("adopt.read")
         group = self.groups.known(record, mark)
-        life = Life(
-            record.worker, record.incarnation, group, self._records, birth, self._emit, self._executor, self._oom
-        )
+        life = self._new_life(record.worker, record.incarnation, group, birth)
         pidfd = records.open_process(record.pid, record.start_ticks)
         self._keep(life)
         self._limits[record.worker] = record.limits
@@ -236,11 +243,16 @@ class Node:
     def _life(self, effect: do.Spawn, birth: Birth) -> Life:
         worker, incarnation = effect.worker, effect.incarnation
         group = self.groups.new(worker, incarnation, birth.mark, effect.limits)
-        return self._keep(Life(worker, incarnation, group, self._records, birth, self._emit, self._executor, self._oom))
+        return self._keep(self._new_life(worker, incarnation, group, birth))
+
+    def _new_life(self, worker: str, incarnation: int, group: Group, birth: Birth) -> Life:
+        return Life(
+            worker, incarnation, group, self._records, birth, self._emit, self._executor, self._patient, self._oom
+        )  # fmt: skip
 
     def _keep(self, life: Life) -> Life:
         self._lives[life.worker] = life
-        if not self.groups.exact:
+        if not life.group.exact:
             life.end_orphans = self.watch.kill_strays
         life.on_empty = lambda: self._gone(life)
         life.warn = self._warn

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from typing import Final
 
 from llmosd.failpoint import failpoint
-from llmosd.health import Target, get, target, until_hung
+from llmosd.health import CannotAsk, Target, get, target, until_hung
 from llmosd.kernel import effects as do
 from llmosd.kernel import events as on
 from llmosd.kernel.spec import Liveness, Ready
@@ -109,7 +109,14 @@ class Probes:
         asked = target(liveness.http)
         # A thousand that a new daemon takes over at once are not to be asked at once, again and again.
         later_s = random.random() * liveness.interval
-        why = await until_hung(liveness, liveness.http, lambda: get(asked), later_s=later_s)
+
+        async def ask() -> str:
+            try:
+                return await get(asked)
+            except CannotAsk:
+                return ""  # nothing is known, and nothing is held against it
+
+        why = await until_hung(liveness, liveness.http, ask, later_s=later_s)
         self._emit(on.Unhealthy(life.worker, life.incarnation, f"hung: {why}"))
 
 
@@ -141,6 +148,8 @@ class _Question:
                 return await get(asked)
         except TimeoutError:
             return f"no answer on {asked.url} in {_ANSWER_S:g}s"
+        except CannotAsk as error:
+            return f"cannot be asked: {error.strerror}"
 
     def drop(self) -> None:
         if self._asking is not None:

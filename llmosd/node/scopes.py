@@ -72,11 +72,12 @@ class ScopeGroup(CgroupGroup):
     """See the module."""
 
     def __init__(self, manager: Manager, unit: str, path: Path, begins_with: Properties, held: frozenset[str]) -> None:
-        super().__init__(path)
+        super().__init__(path, held=held)
+        if path == Path():
+            self.cgroup = ""  # until systemd has made it
         self._manager = manager
         self._unit = unit
         self._begins_with = begins_with
-        self._holds = held
 
     def enter(self, pid: int) -> None:
         self._manager.in_loop(self._manager.start_scope(self._unit, pid, self._begins_with))
@@ -87,7 +88,7 @@ class ScopeGroup(CgroupGroup):
         self.cgroup = str(self._path)
 
     def limit(self, limits: Limits, before: Limits | None) -> list[str]:
-        names = changed(limits, before) & self._holds
+        names = changed(limits, before) & self.held
         if not names:
             return []
         try:

@@ -62,10 +62,14 @@ class Manager:
             except Exception as error:  # noqa: BLE001  # the library raises what it comes upon; each means the same here
                 raise SystemdError(f"no D-Bus: {error or type(error).__name__}") from None
             bus.add_message_handler(self._on_message)
-            self._bus = bus
-            await self._send(_BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [_MATCH])
-            await self._send(_SERVICE, _PATH, _MANAGER, "Subscribe")
-            version = await self._property(_PATH, _MANAGER, "Version")
+            try:
+                await _send(bus, _BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [_MATCH])
+                await _send(bus, _SERVICE, _PATH, _MANAGER, "Subscribe")
+                found = await _send(bus, _SERVICE, _PATH, _PROPERTIES, "Get", "ss", [_MANAGER, "Version"])
+            except SystemdError:
+                bus.disconnect()  # without the signals that were asked for, no job would ever be seen to end
+                raise
+            self._bus, version = bus, found[0].value
             self.version = int("".join(c for c in str(version).split(".")[0].split("~")[0] if c.isdigit()) or 0)
 
     def close(self) -> None:
@@ -119,31 +123,13 @@ class Manager:
 
     async def _call(self, member: str, signature: str, body: list[Any]) -> list[Any]:
         await self.connect()
-        return await self._send(_SERVICE, _PATH, _MANAGER, member, signature, body)
+        assert self._bus is not None, "connected just now"
+        return await _send(self._bus, _SERVICE, _PATH, _MANAGER, member, signature, body)
 
     async def _property(self, path: str, interface: str, name: str) -> Any:
-        (found,) = await self._send(_SERVICE, path, _PROPERTIES, "Get", "ss", [interface, name])
+        assert self._bus is not None, "asked something before"
+        (found,) = await _send(self._bus, _SERVICE, path, _PROPERTIES, "Get", "ss", [interface, name])
         return found.value
-
-    async def _send(
-        self, service: str, path: str, interface: str, member: str, signature: str = "", body: list[Any] | None = None
-    ) -> list[Any]:
-        assert self._bus is not None, "connected before"
-        message = Message(
-            destination=service, path=path, interface=interface, member=member, signature=signature, body=body or []
-        )
-        try:
-            reply = await asyncio.wait_for(self._bus.call(message), ANSWER_S)
-        except TimeoutError:
-            raise SystemdError(f"systemd did not answer {member} within {ANSWER_S:g} s") from None
-        except (DBusError, EOFError, OSError) as error:
-            raise SystemdError(f"{member}: {error}") from None
-        if reply is None:
-            raise SystemdError(f"{member}: the connection to D-Bus was closed")
-        if reply.message_type is MessageType.ERROR:
-            why = reply.body[0] if reply.body else reply.error_name
-            raise SystemdError(f"{member}: {why}")
-        return list(reply.body)
 
     def _on_message(self, message: Message) -> None:
         if message.message_type is MessageType.SIGNAL and message.member == "JobRemoved":
@@ -151,3 +137,29 @@ class Manager:
             waiting = self._jobs.get(unit)
             if waiting is not None and not waiting.done():
                 waiting.set_result(result)
+
+
+async def _send(
+    bus: MessageBus,
+    service: str,
+    path: str,
+    interface: str,
+    member: str,
+    signature: str = "",
+    body: list[Any] | None = None,
+) -> list[Any]:  # fmt: skip
+    message = Message(
+        destination=service, path=path, interface=interface, member=member, signature=signature, body=body or []
+    )
+    try:
+        reply = await asyncio.wait_for(bus.call(message), ANSWER_S)
+    except TimeoutError:
+        raise SystemdError(f"systemd did not answer {member} within {ANSWER_S:g} s") from None
+    except (DBusError, EOFError, OSError) as error:
+        raise SystemdError(f"{member}: {error}") from None
+    if reply is None:
+        raise SystemdError(f"{member}: the connection to D-Bus was closed")
+    if reply.message_type is MessageType.ERROR:
+        why = reply.body[0] if reply.body else reply.error_name
+        raise SystemdError(f"{member}: {why}")
+    return list(reply.body)

@@ -105,7 +105,7 @@ class Watch:
         await self._in_thread(lambda: reap_orphans(self._leaders))
         if not self._groups.exact:
             await self._in_thread(self.kill_strays)
-        lives = [life for life in self._lives.values() if life.pid]
+        lives = [life for life in self._lives.values() if life.is_settled]
         due = await self._in_thread(partial(self._looks.due, lives, self._limits))
         for start in range(0, len(due), _LOOKED_AT_ONCE):
             for look in await self._in_thread(partial(self._look_at, due[start : start + _LOOKED_AT_ONCE])):
@@ -116,11 +116,11 @@ class Watch:
         looks = []
         for life, members in due:
             usage = sample(life.group.members() if members is None else members)
-            limits = self._limits[life.worker]
-            over = self._confinement.over_limit(limits, usage)
+            limits, confinement = self._limits[life.worker], self._confinement.beside(life.group.held)
+            over = confinement.over_limit(limits, usage)
             if over:
                 # Cheap figures may count shared pages twice: look closely before anything is killed.
-                over = self._confinement.over_limit(limits, sample(life.group.members(), exact=True))
+                over = confinement.over_limit(limits, sample(life.group.members(), exact=True))
             looks_on = may_strain(limits) or bool(life.strain.why)
             strained = looks_on and life.strain.update(life.group.counters(), limits, time.monotonic())
             looks.append(Look(life, usage, over, strained))

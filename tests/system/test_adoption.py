@@ -155,12 +155,13 @@ def test_a_worker_whose_model_file_went_or_changed_meanwhile_is_ended_or_replace
     a_machine.start()
     client = a_machine.client
     before = {model: client.wait(client.start(model).workers)[0].pid for model in ("goes", "changes", "stays")}
+    goes = psutil.Process(before["goes"])
     a_machine.kill()
     (a_machine.models / "goes.toml").unlink()
     a_machine.model(simulated("changes", decode_rate=50))
     a_machine.start()
     assert a_machine.wait_worker("changes@1", "ready", not_pid=before["changes"]).pid
-    wait_for("end of the one", lambda: not psutil.pid_exists(before["goes"]))
+    wait_for("end of the one", lambda: not goes.is_running())
     wait_for("forgotten model", lambda: {m.name for m in a_machine.client.models()} == {"changes", "stays"})
     assert a_machine.wait_worker("stays@1", "ready").pid == before["stays"]
 

@@ -169,3 +169,19 @@ def test_a_daemon_killed_in_the_middle_of_an_upgrade_is_followed_by_one_that_ado
     a_machine.start()
     assert a_machine.wait_worker("sim@1", "ready").pid == pid
     a_machine.check_processes()
+
+
+def test_a_stop_that_comes_during_an_upgrade_is_heeded(a_machine: Machine) -> None:
+    a_machine.model(SIMULATED + "[scale]\nmin = 1\n")
+    a_machine.start()
+    a_machine.wait_worker("sim@1", "ready")
+    assert a_machine.daemon is not None
+    # A reader of events holds the old program up for its grace, which is when the signal comes.
+    following = threading.Thread(target=lambda: [None for _ in a_machine.client.events(follow=True)], daemon=True)
+    following.start()
+    threading.Thread(target=lambda: a_machine.llmos("upgrade"), daemon=True).start()
+    wait_for("upgrade under way", lambda: "upgrading: the program is replaced" in a_machine.log())
+    a_machine.daemon.send_signal(signal.SIGTERM)
+    assert a_machine.daemon.wait(DEADLINE_S) == 0
+    a_machine.daemon = None
+    assert wait_for("end of all processes", lambda: not a_machine.processes())

@@ -38,7 +38,7 @@ def test_that_does_not_change_by_being_opened() -> None:
 def test_a_socket_that_was_passed_on_is_asked_on_this_machine_whatever_the_settings_say(host: str) -> None:
     with socket.create_server((host, 0)) as listening:
         port = listening.getsockname()[1]
-        passed = HttpSocket("127.0.0.1:8484", listening.detach())
+        passed = HttpSocket("127.0.0.1:8484", listening.detach(), systemds=True)
         assert passed.health_url == f"http://127.0.0.1:{port}/health"
         passed.close()
 
@@ -46,7 +46,7 @@ def test_a_socket_that_was_passed_on_is_asked_on_this_machine_whatever_the_setti
 def test_a_unix_socket_that_was_passed_on_is_not_asked(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "http.sock"))
-        passed = HttpSocket("127.0.0.1:8484", listening.detach())
+        passed = HttpSocket("127.0.0.1:8484", listening.detach(), systemds=True)
         assert passed.health_url == ""
         passed.close()
 

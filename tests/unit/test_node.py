@@ -37,6 +37,9 @@ class Slow:
         self.told: list[str] = []
         self.another = threading.Event()
 
+    def beside(self, held: frozenset[str]) -> Slow:
+        return self
+
     def check(self, limits: Limits) -> None: ...
 
     def enforcement(self, limit: str) -> str:

@@ -43,6 +43,9 @@ class Confinement(Protocol):
     def name(self) -> str:
         """As it shows in `llmos limits`."""
 
+    def beside(self, held: frozenset[str]) -> Confinement:
+        """Who sees to the limits of a worker whose group holds just these: an earlier daemon's may hold others."""
+
     def check(self, limits: Limits) -> None:
         """Raise Unenforceable for the first limit that this machine can neither enforce nor watch."""
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from llmosd.launch.cgroup import cgroup_of
-from llmosd.node.cgroups import KNOBS, NotDelegated, with_controllers, without_controllers
+from llmosd.node.cgroups import KNOBS
 from llmosd.node.confine import Confinement
 from llmosd.node.confine.controllers import ControllerConfinement, io_is_weighed
 from llmosd.node.confine.process import ProcessConfinement
+from llmosd.node.delegated import NotDelegated, with_controllers, without_controllers
 from llmosd.node.groups import Groups
 from llmosd.node.marked import MarkedGroups
 
@@ -82,7 +83,16 @@ async def _systemd(name: str) -> Maker:
         unit = ""  # started by hand, in a session that is nobody's unit
     held = frozenset(limit for limit, knob in KNOBS.items() if knob.controller in _controllers(os.geteuid()))
     held = held if io_is_weighed() else held - _WEIGHED
+    if not _swap_is_counted():
+        held -= {"swap_max"}
     return Maker(ControllerConfinement("systemd", held, ProcessConfinement()), ScopeGroups(manager, held, unit, name))
+
+
+def _swap_is_counted() -> bool:
+    """Whether a cgroup that has the memory controller can bound its swap: a boot option takes that away."""
+    ours = cgroup_of("self")
+    with_memory = [d for d in (ours, *ours.parents) if (d / "memory.max").exists()] if ours is not None else []
+    return not with_memory or (with_memory[0] / "memory.swap.max").exists()
 
 
 def _controllers(uid: int) -> frozenset[str]:

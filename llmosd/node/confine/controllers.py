@@ -23,6 +23,11 @@ class ControllerConfinement:
         self._held: Final = held
         self._rest = rest
 
+    def beside(self, held: frozenset[str]) -> Confinement:
+        if held == self._held:
+            return self
+        return ControllerConfinement(self.name, held, self._rest) if held else self._rest
+
     def check(self, limits: Limits) -> None:
         # Which CPUs there are is the same question, whoever holds a worker to them.
         self._rest.check(msgspec.structs.replace(self._without(limits), allowed_cpus=limits.allowed_cpus))

@@ -17,7 +17,7 @@ import psutil
 
 from llmosd.kernel.spec import KERNEL_LIMITS, Limits
 from llmosd.kernel.units import Bytes, CpuSet
-from llmosd.node.confine import LaunchSettings, Unenforceable, live
+from llmosd.node.confine import Confinement, LaunchSettings, Unenforceable, live
 from llmosd.node.devices import usable_cpus
 from llmosd.node.usage import Usage
 
@@ -47,6 +47,9 @@ class ProcessConfinement:
         both are asked of this machine."""
         self._cpus = usable_cpus() if cpus is None else cpus
         self._io_weighed = bool(disks_that_weigh()) if io_weighed is None else io_weighed
+
+    def beside(self, held: frozenset[str]) -> Confinement:
+        return self
 
     def check(self, limits: Limits) -> None:
         for limit, reason in _NEEDS.items():

@@ -161,7 +161,7 @@ def test_a_worker_whose_model_file_went_or_changed_meanwhile_is_ended_or_replace
     a_machine.model(simulated("changes", decode_rate=50))
     a_machine.start()
     assert a_machine.wait_worker("changes@1", "ready", not_pid=before["changes"]).pid
-    wait_for("end of the one", lambda: not goes.is_running())
+    wait_for("end of the one", lambda: not _lives(goes))
     wait_for("forgotten model", lambda: {m.name for m in a_machine.client.models()} == {"changes", "stays"})
     assert a_machine.wait_worker("stays@1", "ready").pid == before["stays"]
 

@@ -77,8 +77,8 @@ def outcome(cell: Cell) -> Outcome:
     if operation in ("restart", "upgrade") or (operation, failpoint) == ("kill", "kill.before"):
         return lives
     if state == "held":
-        # An operator has let it go; it was not started yet.
-        return Outcome({ABSENT}, {NOTHING})
+        # An operator has let it go, and it was not started yet; but he asks again if he was not answered.
+        return Outcome({"ready", ABSENT}, {NOTHING})
     if operation == "start":
         # On record and not told to go, it ends at its gate; nobody sees how.
         return Outcome({"ready"}, {UNKNOWN if failpoint == "spawn.recorded" else NOTHING})

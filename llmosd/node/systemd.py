@@ -1,4 +1,4 @@
-"""systemd's manager, asked over D-Bus: transient scopes, their properties, and the job that is under way for our unit.
+"""systemd's manager, asked over D-Bus: transient scopes, their properties, and the unit that we are in.
 
 org.freedesktop.systemd1(5) describes the interface. The system's manager for root, the user's own for anyone else.
 Calls are made on the loop; `in_loop` is for threads. A connection that broke is made again with the next call.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dbus_fast import BusType, DBusError, Message, MessageType, Variant
@@ -32,11 +31,6 @@ Properties = dict[str, Variant]
 
 class SystemdError(OSError):
     """systemd did not do what it was asked. The text says what that was, and why."""
-
-
-def is_booted() -> bool:
-    """sd_booted(3)."""
-    return Path("/run/systemd/system").is_dir()
 
 
 class Manager:
@@ -109,15 +103,6 @@ class Manager:
         """The name of the unit that a process is in. Raises SystemdError."""
         path = (await self._call("GetUnitByPID", "u", [pid]))[0]
         return str(await self._property(path, f"{_SERVICE}.Unit", "Id"))
-
-    async def job_of(self, pid: int) -> str:
-        """The type of the job that is under way for the unit of a process: "stop", "restart", …; "" for none.
-
-        Raises SystemdError.
-        """
-        path = (await self._call("GetUnitByPID", "u", [pid]))[0]
-        number, job = await self._property(path, f"{_SERVICE}.Unit", "Job")
-        return str(await self._property(job, f"{_SERVICE}.Job", "JobType")) if number else ""
 
     # -- messages -------------------------------------------------------------------------------------------
 
